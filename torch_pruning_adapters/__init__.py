@@ -1,0 +1,30 @@
+"""Channel groups, importance orders and surgery on top of torch-pruning's dependency graph.
+
+Useful on its own: neither NNI nor `nni_dbs` is needed.
+
+    groups = find_channel_groups(model, torch.zeros(1, 3, 224, 224))
+    small = shrink(model, groups, {g.name: g.size // 2 for g in groups if g.frozen is None})
+"""
+
+from torch_pruning_adapters.errors import UnsupportedModelError, WidthError
+from torch_pruning_adapters.group import ChannelGroup, Member, Span
+from torch_pruning_adapters.groups import find_channel_groups
+from torch_pruning_adapters.importance import bn_scale, channel_order, l1_norm, l2_norm, prefix_order
+from torch_pruning_adapters.surgery import check_widths, kept_channels, shrink
+
+__all__ = [
+    "ChannelGroup",
+    "Member",
+    "Span",
+    "UnsupportedModelError",
+    "WidthError",
+    "bn_scale",
+    "channel_order",
+    "check_widths",
+    "find_channel_groups",
+    "kept_channels",
+    "l1_norm",
+    "l2_norm",
+    "prefix_order",
+    "shrink",
+]

@@ -1,0 +1,148 @@
+"""The vocabulary of coupled channels: plain data, names and numbers only.
+
+Nothing here refers to a module or a tensor, so groups can be pickled, written as YAML or JSON,
+and applied to any other instance of the same architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Role = Literal["producer", "through", "consumer"]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of a layer's channel axis that a group occupies.
+
+    Entries `start ... start + length * repeat - 1` of the axis hold the group's channels
+    `root ... root + length - 1`, `repeat` consecutive entries each (flattened 7x7 maps: `repeat=49`;
+    the second part of a concatenation: `start` = width of the first).
+    """
+
+    start: int
+    root: int
+    length: int
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One layer's share in a channel group.
+
+    Attributes:
+        layer: Dotted name of the module; of the owning module for a bare parameter.
+        role: `producer` computes the channels (rows of a convolution or linear layer), `consumer` reads
+            them (its columns), `through` passes them on one by one (depthwise, normalisation, parameter).
+        kind: `conv`, `linear`, `depthwise`, `norm`, `layernorm`, `groupnorm`, `prelu` or `parameter`.
+        tensors: The parameters and buffers to slice, each with its dimension.
+        size: Length of the layer's channel axis.
+        spans: Where the group's channels lie on that axis.
+        blocks: A grouped convolution's `groups` (or a GroupNorm's): every block of the axis must keep
+            the same pattern of channels.
+        per_block: The tensor's dimension covers one block only (columns of a grouped convolution).
+    """
+
+    layer: str
+    role: Role
+    kind: str
+    tensors: tuple[tuple[str, int], ...]
+    size: int
+    spans: tuple[Span, ...]
+    blocks: int = 1
+    per_block: bool = False
+
+    @property
+    def multiplicity(self) -> int:
+        """Entries of the axis for each channel of the group (49 where 7x7 maps were flattened)."""
+        roots = {(s.root, s.length) for s in self.spans}
+        channels = max(root + length for root, length in roots)
+        return sum(s.length * s.repeat for s in self.spans) // channels
+
+    def apply(self, keep: np.ndarray, axis: np.ndarray) -> None:
+        """Writes the group's mask `keep` (C,) into the mask of the layer's whole axis (size,)."""
+        for s in self.spans:
+            axis[s.start : s.start + s.length * s.repeat] = np.repeat(
+                keep[s.root : s.root + s.length], s.repeat
+            )
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that must be cut together, over all the layers that they touch.
+
+    Attributes:
+        name: Dotted name of the first producer in the model's order; `name[a:b]` where the layer's
+            channels fall into several groups.
+        size: Number of channels.
+        step: A width must be a multiple of it (grouped convolutions keep equally many in each group).
+        members: Every layer that the group touches.
+        frozen: `None`, or why the group must keep its full width.
+    """
+
+    name: str
+    size: int
+    step: int
+    members: tuple[Member, ...]
+    frozen: str | None = None
+
+    @property
+    def producers(self) -> tuple[Member, ...]:
+        return tuple(m for m in self.members if m.role == "producer")
+
+    @property
+    def consumers(self) -> tuple[Member, ...]:
+        return tuple(m for m in self.members if m.role == "consumer")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts, lists, texts and numbers, for YAML or JSON; see `from_dict`."""
+        data = asdict(self)
+        data["members"] = [
+            {
+                **asdict(m),
+                "tensors": [list(t) for t in m.tensors],
+                "spans": [[s.start, s.root, s.length, s.repeat] for s in m.spans],
+            }
+            for m in self.members
+        ]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ChannelGroup:
+        members = tuple(
+            Member(
+                **{
+                    **m,
+                    "tensors": tuple((str(name), int(dim)) for name, dim in m["tensors"]),
+                    "spans": tuple(Span(*map(int, span)) for span in m["spans"]),
+                }
+            )
+            for m in data["members"]
+        )
+        return cls(**{**data, "members": members})
+
+
+def spans_of(index: np.ndarray, root: np.ndarray) -> tuple[Span, ...]:
+    """The shortest runs that describe the map from an axis' entries to a group's channels.
+
+    Args:
+        index: (N,) ascending entries of the axis.
+        root: (N,) the group's channel behind each.
+    """
+    new_channel = np.ones(len(index), dtype=bool)
+    new_channel[1:] = (np.diff(index) != 1) | (np.diff(root) != 0)
+    first = np.flatnonzero(new_channel)  # (M,) where a channel's entries begin
+    start, channel = index[first], root[first]
+    repeat = np.diff(np.append(first, len(index)))
+    new_span = np.ones(len(first), dtype=bool)
+    new_span[1:] = (np.diff(channel) != 1) | (np.diff(repeat) != 0) | (np.diff(start) != repeat[:-1])
+    begin = np.flatnonzero(new_span)
+    length = np.diff(np.append(begin, len(first)))
+    return tuple(
+        Span(int(start[b]), int(channel[b]), int(n), int(repeat[b]))
+        for b, n in zip(begin, length, strict=True)
+    )

@@ -1,0 +1,185 @@
+"""Cutting a model down to given widths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from torch_pruning_adapters.errors import WidthError, nearest
+from torch_pruning_adapters.group import ChannelGroup, Member
+from torch_pruning_adapters.importance import Order, channel_order, check_order
+
+Kept = dict[str, np.ndarray]
+
+
+def shrink(
+    model: nn.Module,
+    groups: Iterable[ChannelGroup],
+    widths: Mapping[str, int],
+    order: Order | None = None,
+) -> nn.Module:
+    """A smaller copy of `model` that keeps `widths[name]` channels of each group.
+
+    Every tensor is sliced once, and full-size weights are never copied. The model itself is not touched,
+    not even read beyond its structure and the kept weights. Use it to turn searched widths into a plain
+    module; make a new optimizer for it, the parameters are new objects.
+
+    Args:
+        model: The model that `groups` were found on, or another instance of its architecture.
+        groups: From `find_channel_groups`.
+        widths: Group name -> channels to keep; a missing group keeps its full width.
+        order: Group name -> its channels (C,), most important first, as `channel_order` gives them
+            (which is the default): the first `widths[name]` are kept, in the network's own order.
+
+    Raises:
+        WidthError: Unknown group, a width that the group cannot take, or groups of another model.
+    """
+    groups = tuple(groups)
+    check_widths(groups, widths)
+    narrowed = [g for g in groups if widths.get(g.name, g.size) < g.size]
+    if order is None:
+        order = channel_order(model, narrowed)
+    kept = kept_channels(narrowed, widths, order)
+    modules = dict(model.named_modules())
+
+    memo: dict[int, object] = {}
+    changed: dict[str, nn.Module] = {}
+    for (layer, name), indices in _indices(narrowed, kept).items():
+        owner, attribute = _find(modules, layer, name)
+        tensor = getattr(owner, attribute, None)
+        if tensor is None:
+            continue
+        memo[id(tensor)] = _slice(tensor, indices, f"{layer}.{name}")
+        if owner is modules.get(layer):
+            changed[layer] = owner
+    small = copy.deepcopy(model, memo)
+    copies = dict(small.named_modules())
+    for layer in changed:
+        set_sizes(copies[layer])
+    return small
+
+
+def check_widths(groups: Iterable[ChannelGroup], widths: Mapping[str, int]) -> None:
+    """Raises `WidthError` unless every width belongs to a group and is one that it can take."""
+    by_name = {g.name: g for g in groups}
+    for name, width in widths.items():
+        if name not in by_name:
+            raise WidthError(
+                f"no channel group {name!r} in this model{nearest(name, by_name)}; "
+                "the widths were made for another model"
+            )
+        g = by_name[name]
+        if width == g.size:
+            continue
+        if g.frozen is not None:
+            raise WidthError(f"group {name!r} keeps its {g.size} channels: {g.frozen}")
+        if not 0 < width < g.size or width % g.step:
+            multiple = f" multiples of {g.step}" if g.step > 1 else ""
+            raise WidthError(
+                f"group {name!r} cannot have {width} channels, only{multiple or ' widths'} up to {g.size}"
+            )
+
+
+def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], order: Order) -> Kept:
+    """The channels of each group that stay, ascending: group name -> (width,)."""
+    kept = {}
+    for g in groups:
+        if g.name not in order:
+            raise WidthError(f"the channel order lacks group {g.name!r}")
+        ranked = check_order(g, order[g.name])
+        kept[g.name] = np.sort(ranked[: widths.get(g.name, g.size)])
+    return kept
+
+
+def axis_mask(member: Member, groups_and_kept: Iterable[tuple[Member, np.ndarray, int]]) -> np.ndarray:
+    """Which entries of a layer's axis stay (member.size,), from all groups that share the axis.
+
+    Args:
+        member: Any of the axis' members.
+        groups_and_kept: For each group on the axis its member, kept channels and number of channels.
+    """
+    mask = np.ones(member.size, dtype=bool)
+    for part, kept, size in groups_and_kept:
+        keep = np.zeros(size, dtype=bool)
+        keep[kept] = True
+        part.apply(keep, mask)
+    return mask
+
+
+def _indices(groups: Sequence[ChannelGroup], kept: Kept) -> dict[tuple[str, str], dict[int, np.ndarray]]:
+    """For each tensor (layer, name) to cut: dimension -> kept indices, over all groups at once."""
+    shares: dict[tuple[str, str], list[tuple[Member, np.ndarray, int]]] = {}
+    for g in groups:
+        for m in g.members:
+            shares.setdefault((m.layer, m.role), []).append((m, kept[g.name], g.size))
+    indices: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    for (layer, _), parts in shares.items():
+        member = parts[0][0]
+        mask = axis_mask(member, parts)
+        whole = np.flatnonzero(mask)
+        for name, dim in member.tensors:
+            index = whole
+            if member.per_block:
+                index = np.flatnonzero(mask[: member.size // member.blocks])
+            indices.setdefault((layer, name), {})[dim] = index
+    return indices
+
+
+def _find(modules: Mapping[str, nn.Module], layer: str, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a member's tensor, and the attribute's name."""
+    owner = modules.get(layer)
+    if owner is None:
+        raise WidthError(
+            f"the model has no layer {layer!r}{nearest(layer, modules)}; "
+            "the groups were found on another model"
+        )
+    return owner, name
+
+
+def _slice(tensor: Tensor, indices: Mapping[int, np.ndarray], label: str) -> Tensor:
+    data = tensor.detach()
+    for dim, index in sorted(indices.items()):
+        if len(index) and (dim >= data.dim() or index[-1] >= data.shape[dim]):
+            raise WidthError(
+                f"{label} has shape {tuple(tensor.shape)}, too small for these groups; "
+                "they were found on another model"
+            )
+        data = data.index_select(dim, torch.from_numpy(index).to(data.device))
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(data, requires_grad=tensor.requires_grad)
+    return data
+
+
+def set_sizes(module: nn.Module) -> None:
+    """Makes a layer's size attributes follow its tensors, after they were cut."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, _ConvNd):
+        rows, columns = weight.shape[:2]
+        if module.groups == module.out_channels == module.in_channels > 1:
+            module.groups = module.in_channels = module.out_channels = rows
+        elif module.transposed:
+            module.in_channels, module.out_channels = rows, columns * module.groups
+        else:
+            module.out_channels, module.in_channels = rows, columns * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
+        channels = weight if weight is not None else module.running_mean
+        if channels is not None:
+            module.num_features = len(channels)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (*module.normalized_shape[:-1], weight.shape[-1])
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
