@@ -1,0 +1,45 @@
+"""Channel pruning by width search, as pruners of Microsoft NNI 3.0.
+
+Importing this package is cheap: every public name loads its module on first use, and only those that need
+NNI import it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nni_dbs.cost import Budget as Budget
+    from nni_dbs.cost import FlopsCost as FlopsCost
+    from nni_dbs.cost import ParamsCost as ParamsCost
+    from nni_dbs.plugin.pruner import RandomPruner as RandomPruner
+    from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
+    from nni_dbs.result import load_pruned as load_pruned
+    from nni_dbs.search import project as project
+    from nni_dbs.space import Widths as Widths
+    from nni_dbs.space import WidthSpace as WidthSpace
+
+_MODULES = {
+    "Budget": "nni_dbs.cost",
+    "FlopsCost": "nni_dbs.cost",
+    "ParamsCost": "nni_dbs.cost",
+    "RandomPruner": "nni_dbs.plugin.pruner",
+    "UniformPruner": "nni_dbs.plugin.pruner",
+    "load_pruned": "nni_dbs.result",
+    "project": "nni_dbs.search",
+    "WidthSpace": "nni_dbs.space",
+    "Widths": "nni_dbs.space",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'nni_dbs' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_MODULES]

@@ -1,0 +1,419 @@
+"""What a network costs, as an exact function of its widths; and budgets.
+
+FLOPs here are multiply-adds of convolutions, linear layers and matrix products: fvcore's count with its
+handles of normalisation, pooling, upsampling and grid sampling switched off. It is the convention of the
+papers and of torchvision's published `_ops` (ResNet-18 1.814 G, MobileNetV2 0.3008 G, ResNet-50 4.089 G).
+
+A layer's count is its weight's number of elements times the positions at which it is applied, and a
+weight's number of elements is a product of (at most two) linear functions of the widths. One analysis at
+full width gives the positions; the sum over all layers is a quadratic form in the widths. In units of each
+group's step its coefficients are integers, so float64 arithmetic on it is exact below 2**53.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from nni_dbs.errors import BudgetError
+from torch_pruning_adapters import ChannelGroup, UnsupportedModelError, check_widths, shrink
+from torch_pruning_adapters.graph import Inputs, preserved
+
+NOT_COUNTED = (
+    "aten::batch_norm",
+    "aten::group_norm",
+    "aten::layer_norm",
+    "aten::instance_norm",
+    "aten::adaptive_avg_pool1d",
+    "aten::adaptive_avg_pool2d",
+    "aten::adaptive_avg_pool3d",
+    "aten::upsample_nearest2d",
+    "aten::upsample_bilinear2d",
+    "aten::upsample_bicubic2d",
+    "aten::grid_sampler",
+)
+
+
+class Cost(Protocol):
+    """What a budget can bound: `__call__` for one network, `batch` for many."""
+
+    full: int
+
+    def __call__(self, widths: Mapping[str, int]) -> int: ...
+
+    def batch(self, widths: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """`constant + sum(slope[g] * units of group g)`: the length of one tensor dimension."""
+
+    constant: int
+    slopes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A layer's share: `coefficient` times the product of its factors."""
+
+    layer: str
+    coefficient: int
+    factors: tuple[_Linear, ...]
+
+
+class PolynomialCost:
+    """A cost that is quadratic in the widths: exact, batched, differentiable, and fast.
+
+    Attributes:
+        groups: Its variables, in the order of the columns of `batch`; G of them.
+        full: The cost at full width.
+    """
+
+    def __init__(self, groups: Iterable[ChannelGroup], terms: Sequence[_Term], constant: int = 0) -> None:
+        self.groups = tuple(groups)
+        self._terms = terms
+        self._constant = constant
+        size = len(self.groups)
+        form = np.zeros((size + 1, size + 1))  # the last row and column stand for the constant 1
+        form[size, size] += constant
+        for term in terms:
+            a, b = (*term.factors, _Linear(1), _Linear(1))[:2]
+            for i, x in (*a.slopes, (size, a.constant)):
+                for j, y in (*b.slopes, (size, b.constant)):
+                    form[i, j] += term.coefficient * x * y
+        self._form = torch.from_numpy((form + form.T) / 2)  # (G + 1, G + 1)
+        self._steps = torch.tensor([g.step for g in self.groups], dtype=torch.float64)  # (G,)
+        self.full = self({})
+
+    def __call__(self, widths: Mapping[str, int]) -> int:
+        """The exact cost of a network; missing groups at full width.
+
+        Raises:
+            WidthError: Unknown group, or a width that the group cannot take.
+        """
+        return sum(self.by_layer(widths).values()) + self._constant
+
+    def by_layer(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Each layer's share of the cost, in the model's order."""
+        check_widths(self.groups, widths)
+        units = [widths.get(g.name, g.size) // g.step for g in self.groups]
+        shares: dict[str, int] = {}
+        for term in self._terms:
+            lengths = (f.constant + sum(slope * units[g] for g, slope in f.slopes) for f in term.factors)
+            shares[term.layer] = shares.get(term.layer, 0) + term.coefficient * math.prod(lengths)
+        return shares
+
+    def batch(self, widths: Tensor) -> Tensor:
+        """Costs (B,) float64 of widths (B, G), integer or real; differentiable.
+
+        Columns follow `groups`. Widths are not checked: real ones are relaxations.
+        """
+        form = self._form.to(widths.device)
+        units = widths.to(torch.float64) / self._steps.to(widths.device)  # (B, G)
+        half = units @ form[:-1, :-1] + 2 * form[:-1, -1]
+        return (half * units).sum(1) + form[-1, -1]
+
+    def expected(self, mean: Tensor, variance: Tensor) -> Tensor:
+        """Expected costs (B,) of independent random widths with mean and variance (B, G).
+
+        A layer whose input and output are one group costs E[c^2] = E[c]^2 + Var[c], not E[c]^2.
+        """
+        own = self._form.diagonal()[:-1].to(mean.device)  # (G,)
+        units = variance.to(torch.float64) / self._steps.to(mean.device) ** 2
+        return self.batch(mean) + units @ own
+
+
+class ParamsCost(PolynomialCost):
+    """Number of parameters (not buffers) of the model cut to given widths.
+
+    Args:
+        model: The full model.
+        groups: Its channel groups.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
+        groups = tuple(groups)
+        lengths = _dimension_lengths(groups)
+        terms = []
+        for name, parameter in model.named_parameters():
+            layer, _, attribute = name.rpartition(".")
+            terms.append(_numel_term(layer, parameter, lengths.get((layer, attribute), {}), 1))
+        super().__init__(groups, terms)
+
+
+class FlopsCost(PolynomialCost):
+    """Multiply-adds of the model cut to given widths: fvcore's count on the cut model, without cutting.
+
+    Args:
+        model: The full model; it is analysed in eval mode and comes back as it was.
+        example_inputs: As for `find_channel_groups`. A batch counts as often as it has samples.
+        groups: The model's channel groups.
+
+    Raises:
+        UnsupportedModelError: Matrix products outside of layers depend on the widths.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Inputs, groups: Iterable[ChannelGroup]) -> None:
+        groups = tuple(groups)
+        counts = count_by_module(model, example_inputs)
+        lengths = _dimension_lengths(groups)
+        terms = []
+        for name, module in model.named_modules():
+            if isinstance(module, (_ConvNd, nn.Linear)) and counts.get(name):
+                weight = module.weight
+                positions, remainder = divmod(counts[name], weight.numel())
+                if remainder:
+                    raise UnsupportedModelError(
+                        f"fvcore counts {counts[name]} multiply-adds for {name!r}, which is no multiple of "
+                        f"its {weight.numel()} weights"
+                    )
+                terms.append(_numel_term(name, weight, lengths.get((name, "weight"), {}), positions))
+        in_layers = sum(counts[t.layer] for t in terms)
+        super().__init__(groups, terms, counts[""] - in_layers)
+        if self._constant:
+            self._check_constant(model, example_inputs)
+
+    def _check_constant(self, model: nn.Module, example_inputs: Inputs) -> None:
+        narrow = {g.name: max(g.size // 2 // g.step, 1) * g.step for g in self.groups if g.frozen is None}
+        found = count_flops(shrink(model, self.groups, narrow), example_inputs)
+        if found != self(narrow):
+            raise UnsupportedModelError(
+                f"{self._constant} multiply-adds lie in matrix products outside of layers and depend on "
+                "the widths, which this cost does not follow"
+            )
+
+
+def count_flops(model: nn.Module, example_inputs: Inputs) -> int:
+    """Multiply-adds of one forward pass, counted by fvcore under this project's convention."""
+    return count_by_module(model, example_inputs)[""]
+
+
+def count_by_module(model: nn.Module, example_inputs: Inputs) -> dict[str, int]:
+    """Multiply-adds under each module's dotted name, its children's included; "" is the total."""
+    if isinstance(example_inputs, Mapping):
+        model, example_inputs = _Positional(model, list(example_inputs)), list(example_inputs.values())
+        prefix = "model"
+    else:
+        prefix = ""
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    with preserved(model), _unfused_attention(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # torch.jit announces its retirement
+        model.eval()
+        analysis = FlopCountAnalysis(model, inputs)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        for op in NOT_COUNTED:
+            analysis.set_op_handle(op, _nothing)  # None would leave the default handle in force
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        by_module = analysis.by_module()
+    if not prefix:
+        return {name: int(count) for name, count in by_module.items()}
+    return {
+        name[len(prefix) :].lstrip("."): int(count)
+        for name, count in by_module.items()
+        if name.split(".")[0] == prefix
+    }
+
+
+class _Positional(nn.Module):
+    """Lets a model with named inputs be traced with positional ones."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.model(**dict(zip(self.names, inputs, strict=True)))
+
+
+@contextmanager
+def _unfused_attention() -> Any:
+    """Keeps `nn.MultiheadAttention` off its fused kernel, which fvcore does not see into."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _nothing(inputs: list[Any], outputs: list[Any]) -> int:
+    """fvcore handle of an operation that is not counted."""
+    return 0
+
+
+def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """fvcore handle: the two matrix products of attention, Q K^T and (Q K^T) V."""
+    query, key, value = (i.type().sizes() for i in inputs[:3])
+    pairs = math.prod(query[:-1]) * key[-2]
+    return pairs * query[-1] + pairs * value[-1]
+
+
+def _dimension_lengths(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], dict[int, _Linear]]:
+    """For each tensor (layer, name) that groups touch: dimension -> its length in units of the groups."""
+    axes: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+    for i, g in enumerate(groups):
+        for m in g.members:
+            axes.setdefault((m.layer, m.role), []).append((i, m))
+    lengths: dict[tuple[str, str], dict[int, _Linear]] = {}
+    for (layer, _), parts in axes.items():
+        free = [(i, m) for i, m in parts if groups[i].frozen is None]
+        for name, dim in parts[0][1].tensors:
+            blocks = parts[0][1].blocks if parts[0][1].per_block else 1
+            constant = parts[0][1].size - sum(m.multiplicity * groups[i].size for i, m in free)
+            slopes = tuple((i, m.multiplicity * groups[i].step // blocks) for i, m in free)
+            lengths.setdefault((layer, name), {})[dim] = _Linear(constant // blocks, slopes)
+    return lengths
+
+
+def _numel_term(layer: str, tensor: Tensor, dims: Mapping[int, _Linear], coefficient: int) -> _Term:
+    """`coefficient` times the tensor's number of elements, as a function of the widths."""
+    if len(dims) > 2:
+        raise UnsupportedModelError(f"a tensor of {layer!r} is cut along {len(dims)} dimensions")
+    fixed = math.prod(n for d, n in enumerate(tensor.shape) if d not in dims)
+    return _Term(layer, coefficient * fixed, tuple(dims[d] for d in sorted(dims)))
+
+
+_SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def readable(amount: float) -> str:
+    """A count with the unit that people would use: 1814073344 -> "1.81G"."""
+    for suffix, scale in reversed(_SUFFIX.items()):
+        if amount >= scale:
+            return f"{amount / scale:.4g}{suffix}"
+    return f"{amount:.4g}"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper bound: `amount` of the cost `kind`, or that share of the full network's."""
+
+    kind: str
+    amount: float
+    relative: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} <= {self.amount:.4g} of the full network"
+            if self.relative
+            else (f"{self.kind} <= {readable(self.amount)}")
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Upper bounds that a network must keep, all of them.
+
+    Make it with `Budget.parse`. It says nothing about a model until `bound` gives it that model's costs.
+    """
+
+    limits: tuple[Limit, ...]
+
+    KINDS = ("flops", "params")
+
+    @classmethod
+    def parse(cls, value: Budget | float | str | Mapping[str, float | str]) -> Budget:
+        """Reads a budget: `"300M"`, `1.04e9`, `0.5`, `"50%"`, or `{"flops": "300M", "params": 0.5}`.
+
+        A number up to 1, or a percentage, is relative to the full network. A plain value bounds FLOPs.
+
+        Raises:
+            BudgetError: Not a positive number, or an unknown kind of cost.
+        """
+        if isinstance(value, Budget):
+            return value
+        limits = value if isinstance(value, Mapping) else {"flops": value}
+        if not limits:
+            raise BudgetError("an empty budget bounds nothing; name one, such as {'flops': 0.5}")
+        return cls(tuple(cls._limit(kind, amount) for kind, amount in limits.items()))
+
+    @classmethod
+    def _limit(cls, kind: str, value: float | str) -> Limit:
+        if kind not in cls.KINDS:
+            raise BudgetError(f"a budget bounds {' or '.join(cls.KINDS)}, not {kind!r}")
+        amount, relative = _amount(value)
+        return Limit(kind, amount, relative)
+
+    @property
+    def is_relative(self) -> bool:
+        return all(limit.relative for limit in self.limits)
+
+    def bound(self, costs: Mapping[str, Cost]) -> Bounds:
+        """The budget on one model: its costs by kind, and the most that each may be."""
+        return Bounds(
+            tuple(
+                (
+                    limit,
+                    costs[limit.kind],
+                    math.floor(limit.amount * (costs[limit.kind].full if limit.relative else 1)),
+                )
+                for limit in self.limits
+            )
+        )
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.limits))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """A budget on one model: for each limit its cost and the largest allowed value."""
+
+    limits: tuple[tuple[Limit, Cost, int], ...]
+
+    def fits(self, widths: Mapping[str, int]) -> bool:
+        return all(cost(widths) <= most for _, cost, most in self.limits)
+
+    def fits_batch(self, widths: Tensor) -> Tensor:
+        """Which of the widths (B, G) keep every limit: (B,) bool."""
+        return torch.stack([cost.batch(widths) <= most for _, cost, most in self.limits]).all(0)
+
+    def used(self, widths: Mapping[str, int]) -> float:
+        """The share of the tightest limit that the network uses; at most 1 inside the budget."""
+        return max(cost(widths) / most for _, cost, most in self.limits)
+
+    def check_reachable(self, smallest: Mapping[str, int], largest: Mapping[str, int]) -> None:
+        """Raises `BudgetError` with the reachable range if not even the smallest network fits."""
+        for limit, cost, most in self.limits:
+            least = cost(smallest)
+            if least > most:
+                raise BudgetError(
+                    f"{limit.kind}: {readable(most)} is below the smallest network of this space "
+                    f"({readable(least)}); reachable are {readable(least)} to {readable(cost(largest))}: "
+                    "raise the budget or lower min_ratio"
+                )
+
+
+def _amount(value: Any) -> tuple[float, bool]:
+    """A budget's number, and whether it is relative."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMGTkmgt]?|%)\s*", value)
+        if not match:
+            raise BudgetError(f"cannot read the budget {value!r}; write 300M, 1.04G, 50% or 0.5")
+        try:
+            number = float(match[1])
+        except ValueError:
+            raise BudgetError(f"cannot read the budget {value!r}; write 300M, 1.04G, 50% or 0.5") from None
+        if match[2] == "%":
+            number, absolute = number / 100, False
+        else:
+            number, absolute = number * _SUFFIX[match[2].upper()], bool(match[2])
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number, absolute = float(value), False
+    else:
+        raise BudgetError(f"a budget is a number or a text such as 300M, not {value!r}")
+    if not (math.isfinite(number) and number > 0):
+        raise BudgetError(f"a budget must be positive, not {value!r}")
+    return number, number <= 1 and not absolute

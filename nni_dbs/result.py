@@ -1,0 +1,216 @@
+"""Pruned networks on disk.
+
+A directory holds `widths.yaml` (what was decided, and how to make the full model), `groups.json` (the
+channel groups and which of their channels come first), `weights.safetensors` and `result.json`. Every file
+is written beside its final name and renamed, so a crash never leaves half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from nni_dbs.errors import ResultError
+from nni_dbs.models import build_model
+from nni_dbs.space import Widths
+from torch_pruning_adapters import ChannelGroup, WidthError, prefix_order, shrink
+from torch_pruning_adapters.importance import Order
+
+
+@dataclass
+class Result:
+    """The record of how a network came about.
+
+    Attributes:
+        method: Name of the method.
+        seed: Its seed.
+        budget: The budget, as text.
+        widths: The chosen widths.
+        flops, full_flops: Multiply-adds of one sample, pruned and full.
+        params, full_params: Number of parameters, pruned and full.
+        metrics: Metric at each stage that measured it.
+        evaluations: Number of sub-networks that were evaluated.
+        seconds: Wall time of each stage.
+        device: Where it ran.
+        versions: Of the packages that matter.
+    """
+
+    method: str
+    seed: int
+    budget: str
+    widths: Widths
+    flops: int
+    full_flops: int
+    params: int
+    full_params: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=lambda: package_versions())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "widths": dict(self.widths)}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    packages = ("nni-dbs", "torch", "torchvision", "torch-pruning", "fvcore", "nni")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Writes a file through `save(temporary path)` and renames it into place.
+
+    Raises:
+        ResultError: The directory cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            save(temporary)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ResultError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_pruned(
+    directory: str | Path,
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    widths: Mapping[str, int],
+    order: Order,
+    result: Result | None = None,
+    source: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves a pruned model so that `load_pruned` finds all that it needs.
+
+    Args:
+        directory: Made if missing.
+        model: The pruned model.
+        groups, widths, order: What it was shrunk by.
+        result: Written as `result.json`.
+        source: `{"model": name, "arguments": {...}}` as `build_model` takes them, if the full model can be
+            made by name.
+
+    Raises:
+        ResultError: No write access.
+    """
+    directory = Path(directory)
+    described = {
+        "groups": [g.to_dict() for g in groups],
+        "order": {name: np.asarray(ranked).tolist() for name, ranked in order.items()},
+    }
+    chosen = {**(source or {}), "widths": {g.name: int(widths.get(g.name, g.size)) for g in groups}}
+    write(directory / "weights.safetensors", lambda path: save_model(model, str(path)))
+    write(directory / "groups.json", lambda path: path.write_text(json.dumps(described)))
+    write(directory / "widths.yaml", lambda path: path.write_text(yaml.safe_dump(chosen, sort_keys=False)))
+    if result is not None:
+        save_result(directory, result)
+
+
+def save_result(directory: str | Path, result: Result) -> None:
+    """Writes `result.json`."""
+    write(
+        Path(directory) / "result.json", lambda path: path.write_text(json.dumps(result.to_dict(), indent=2))
+    )
+
+
+def load_widths(path: str | Path) -> Widths:
+    """Reads the widths of a `widths.yaml`, or of a plain YAML mapping group name -> width."""
+    data = _read_mapping(Path(path), yaml.safe_load)
+    widths = data.get("widths", data)
+    if not isinstance(widths, dict) or not all(type(w) is int for w in widths.values()):
+        raise ResultError(f"{path}: expected a mapping from group names to numbers of channels")
+    return Widths(widths)
+
+
+def load_pruned(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Rebuilds a saved pruned model.
+
+    Args:
+        directory: What `export` or `save_pruned` wrote.
+        model: A full-size model of the same architecture (its weights do not matter and it is not
+            touched); None if the run named the model itself.
+
+    Returns:
+        The pruned model with its weights, in the mode of `model`.
+
+    Raises:
+        ResultError: Files missing or damaged, or saved from another model.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ResultError(f"no directory {directory}; give the output directory of a run")
+    chosen = _read_mapping(directory / "widths.yaml", yaml.safe_load)
+    described = _read_mapping(directory / "groups.json", json.loads)
+    try:
+        groups = [ChannelGroup.from_dict(g) for g in described["groups"]]
+        widths = chosen["widths"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{directory}: groups.json or widths.yaml is damaged ({error!r})") from error
+    if model is None:
+        if "model" not in chosen:
+            raise ResultError(
+                f"{directory} does not say how to build its model; "
+                "give a full-size one: load_pruned(directory, model)"
+            )
+        model = build_model(chosen["model"], chosen.get("arguments"))
+    try:
+        small = shrink(model, groups, widths, prefix_order(groups))
+    except WidthError as error:
+        raise ResultError(f"{directory} was saved from another model: {error}") from error
+    path = directory / "weights.safetensors"
+    try:
+        load_model(small, str(path))
+    except FileNotFoundError as error:
+        raise ResultError(f"{path} is missing; export the model again") from error
+    except SafetensorError as error:
+        raise ResultError(f"{path} is damaged ({error}); export the model again") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ResultError(f"{path} does not fit this model: {reason[:300]}") from error
+    return small
+
+
+def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        data = parse(path.read_text())
+    except OSError as error:
+        raise ResultError(f"cannot read {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ResultError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(data, dict):
+        raise ResultError(f"{path} is damaged: expected a mapping")
+    return data
+
+
+def describe_device(device: torch.device) -> str:
+    """The device's name for a record: `cpu`, or the GPU's."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

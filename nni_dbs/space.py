@@ -1,0 +1,159 @@
+"""The networks that can be chosen: a width for every channel group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torch_pruning_adapters import ChannelGroup, WidthError, find_channel_groups
+from torch_pruning_adapters.graph import Inputs
+
+
+class Widths(Mapping[str, int]):
+    """An immutable, hashable mapping: group name -> number of channels."""
+
+    __slots__ = ("_widths",)
+
+    def __init__(self, widths: Mapping[str, int] | Iterable[tuple[str, int]] = ()) -> None:
+        self._widths = {name: int(width) for name, width in dict(widths).items()}
+
+    def __getitem__(self, name: str) -> int:
+        return self._widths[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._widths)
+
+    def __len__(self) -> int:
+        return len(self._widths)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._widths.items()))
+
+    def __repr__(self) -> str:
+        return f"Widths({self._widths})"
+
+
+def width_choices(size: int, step: int = 1, min_ratio: float = 0.0, divisor: int = 1) -> tuple[int, ...]:
+    """Allowed widths of a group, ascending; the full width `size` is always one of them.
+
+    The others are the multiples of `step` nearest to the multiples of `divisor`, not below
+    `min_ratio * size`.
+    """
+    grid = np.arange(divisor, size, divisor)
+    widths = np.floor(grid / step + 0.5).astype(int) * step
+    allowed = {int(w) for w in widths if 0 < w < size and w >= min_ratio * size}
+    return (*sorted(allowed), size)
+
+
+class WidthSpace:
+    """Every network that the groups' allowed widths span.
+
+    Use `from_model` on a model, or give groups that were found before. Frozen groups have one choice,
+    their full width.
+
+    Args:
+        groups: From `find_channel_groups`.
+        min_ratio: No width below this share of the full one.
+        divisor: Widths are multiples of it as far as the group's step allows; 8 or 16 keeps kernels fast.
+
+    Attributes:
+        groups: The channel groups, frozen ones included; G of them.
+    """
+
+    def __init__(self, groups: Iterable[ChannelGroup], min_ratio: float = 0.1, divisor: int = 8) -> None:
+        if not 0 <= min_ratio <= 1:
+            raise WidthError(f"min_ratio must lie in [0, 1], not {min_ratio}")
+        if divisor < 1:
+            raise WidthError(f"divisor must be a positive number of channels, not {divisor}")
+        self.groups = tuple(groups)
+        self._choices = {
+            g.name: (g.size,) if g.frozen else width_choices(g.size, g.step, min_ratio, divisor)
+            for g in self.groups
+        }
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        example_inputs: Inputs,
+        min_ratio: float = 0.1,
+        divisor: int = 8,
+        ignore: Iterable[str] = (),
+    ) -> WidthSpace:
+        """The space of a model's channel groups; arguments as for `find_channel_groups`."""
+        return cls(find_channel_groups(model, example_inputs, ignore), min_ratio, divisor)
+
+    def within(self, bounds: Mapping[str, tuple[float, float]]) -> WidthSpace:
+        """The part of the space where the named groups' ratios lie in [low, high].
+
+        Raises:
+            WidthError: A group has no width between its bounds.
+        """
+        space = WidthSpace(self.groups)
+        space._choices = dict(self._choices)
+        for g in self.groups:
+            low, high = bounds.get(g.name, (0.0, 1.0))
+            kept = [w for w in self._choices[g.name] if low * g.size <= w <= high * g.size]
+            if not kept:
+                widest = math.floor(high * g.size / g.step) * g.step
+                if widest < max(low * g.size, g.step):
+                    raise WidthError(
+                        f"group {g.name!r} ({g.size} channels, step {g.step}) has no width between "
+                        f"{low:.0%} and {high:.0%}"
+                    )
+                kept = [widest]
+            space._choices[g.name] = tuple(kept)
+        return space
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(g.name for g in self.groups)
+
+    def choices(self, name: str) -> tuple[int, ...]:
+        """Allowed widths of a group, ascending."""
+        return self._choices[name]
+
+    def smallest(self) -> Widths:
+        return Widths({name: c[0] for name, c in self._choices.items()})
+
+    def largest(self) -> Widths:
+        return Widths({name: c[-1] for name, c in self._choices.items()})
+
+    def uniform(self, ratio: float) -> Widths:
+        """Every group at the choice nearest to `ratio` of its full width (the narrower of two)."""
+        return Widths(
+            {g.name: min(self._choices[g.name], key=lambda w: abs(w - ratio * g.size)) for g in self.groups}
+        )
+
+    def sample(self, generator: torch.Generator) -> Widths:
+        """Independent, uniformly drawn choices."""
+        return Widths(
+            {
+                name: c[int(torch.randint(len(c), (), generator=generator))]
+                for name, c in self._choices.items()
+            }
+        )
+
+    def encode(self, widths: Mapping[str, int]) -> Tensor:
+        """Widths as (G,) float64, in the order of `groups`; missing groups at full width."""
+        return torch.tensor([widths.get(g.name, g.size) for g in self.groups], dtype=torch.float64)
+
+    def decode(self, encoded: Tensor) -> Widths:
+        """The inverse of `encode`: (G,) -> widths."""
+        return Widths({g.name: round(float(w)) for g, w in zip(self.groups, encoded, strict=True)})
+
+    def to_nni(self) -> dict[str, Any]:
+        """The search space in NNI's experiment format: one `choice` for each group that has several."""
+        return {
+            name: {"_type": "choice", "_value": list(c)} for name, c in self._choices.items() if len(c) > 1
+        }
+
+    def __contains__(self, widths: object) -> bool:
+        return isinstance(widths, Mapping) and all(
+            widths.get(g.name, g.size) in self._choices[g.name] for g in self.groups
+        )
