@@ -1,0 +1,412 @@
+"""NNI pruners that choose the widths of whole channel groups for a budget.
+
+NNI has no registry of pruners: importing the class is the registration.
+
+    from nni_dbs import UniformPruner
+    pruner = UniformPruner(model, config_list, evaluator, budget="300M")
+    _, masks = pruner.compress()
+    small = pruner.export("out/")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from nni.compression.base.compressor import Pruner
+from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+from nni.compression.utils.evaluator import Evaluator
+from schema import SchemaError
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from tqdm import tqdm
+
+from nni_dbs.cost import Bounds, Budget, FlopsCost, ParamsCost
+from nni_dbs.errors import BudgetError, ConfigError
+from nni_dbs.plugin.evaluator import recalibrate_batchnorm, repair, score
+from nni_dbs.result import Result, describe_device, save_pruned
+from nni_dbs.search import project
+from nni_dbs.space import Widths, WidthSpace
+from torch_pruning_adapters import (
+    ChannelGroup,
+    WidthError,
+    channel_order,
+    find_channel_groups,
+    kept_channels,
+    l2_norm,
+    shrink,
+)
+from torch_pruning_adapters.errors import nearest
+from torch_pruning_adapters.graph import Inputs, map_tensors
+from torch_pruning_adapters.importance import Importance, Order
+from torch_pruning_adapters.surgery import axis_mask
+
+SELECTING_KEYS = (
+    "op_types",
+    "op_names",
+    "op_names_re",
+    "exclude_op_types",
+    "exclude_op_names",
+    "exclude_op_names_re",
+)
+RATIO_KEYS = ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")
+KEYS = (*SELECTING_KEYS, *RATIO_KEYS)
+
+
+class WidthPruner(Pruner):
+    """What all pruners of this package share; a subclass chooses the widths.
+
+    `config_list` means what it means in NNI: it selects layers, and a channel group is pruned only if every
+    layer that produces its channels is selected. `min_sparse_ratio` and `max_sparse_ratio` bound the
+    group's width (the bounds of its producers intersect). Where no `budget` is given, `sparse_ratio` r
+    stands for the FLOPs of the network whose selected groups all keep 1 - r of their channels; a `budget`
+    takes its place. Other keys have no meaning for whole channels and are refused.
+
+    Args:
+        model: The network; wrapped in place, as every NNI pruner does.
+        config_list: See above.
+        evaluator: An NNI evaluator; methods that need no training or scores do without.
+        existed_wrappers: For `from_compressor`.
+        budget: As `Budget.parse` takes it: `"300M"` FLOPs, `0.5`, `{"flops": 0.5, "params": "2M"}`.
+        example_inputs: Inputs of the model, as `find_channel_groups` takes them; of a batch the first sample
+            counts. Default: the evaluator's dummy input, else a 1x3x224x224 guess (with a warning, and
+            only relative budgets make sense then).
+        min_ratio, divisor: See `WidthSpace`.
+        importance: Which channels stay; see `torch_pruning_adapters.importance`.
+        seed: Of everything random.
+        quiet: No progress bars.
+
+    Raises:
+        BudgetError: Unreadable or impossible budget.
+        ConfigError: A `config_list` that has no meaning here.
+        UnsupportedModelError: The model cannot be grouped.
+    """
+
+    method: str
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator | None = None,
+        existed_wrappers: dict | None = None,
+        *,
+        budget: Budget | float | str | Mapping[str, float | str] | None = None,
+        example_inputs: Inputs | None = None,
+        min_ratio: float = 0.1,
+        divisor: int = 8,
+        importance: Importance = l2_norm,
+        seed: int = 0,
+        quiet: bool = False,
+    ) -> None:
+        parsed = None if budget is None else Budget.parse(budget)
+        selected = _selected_layers(model, config_list)
+        if evaluator is not None:
+            repair(evaluator)
+        inputs = _one_sample(model, example_inputs, evaluator, parsed)
+        groups = tuple(_frozen_unless_selected(g, selected) for g in find_channel_groups(model, inputs))
+        self.space = _bounded(WidthSpace(groups, min_ratio, divisor), selected)
+        self.costs = {"flops": FlopsCost(model, inputs, groups), "params": ParamsCost(model, groups)}
+        self.budget = parsed or self._budget_of_sparse_ratio(selected)
+        self.bounds: Bounds = self.budget.bound(self.costs)
+        self.bounds.check_reachable(self.space.smallest(), self.space.largest())
+        self.example_inputs = inputs
+        self.importance = importance
+        self.seed = seed
+        self.quiet = quiet
+        self.order: Order = {}
+        self.result: Result | None = None
+        try:
+            super().__init__(
+                model, [*config_list, *_others_to_mask(model, groups, selected)], evaluator, existed_wrappers
+            )
+        except SchemaError as error:
+            raise ConfigError(f"config_list: {' '.join(str(error).split())}") from error
+
+    @property
+    def widths(self) -> Widths:
+        """The chosen widths, after `compress`."""
+        return self._finished().widths
+
+    def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, dict]:
+        """Chooses the widths and masks the model accordingly.
+
+        Returns:
+            The model, still wrapped and masked, and the masks as `{layer: {"weight": ..., "bias": ...}}`.
+        """
+        return super().compress(max_steps, max_epochs)
+
+    def export(
+        self, directory: str | Path | None = None, source: Mapping[str, Any] | None = None
+    ) -> nn.Module:
+        """The pruned model as a plain, smaller module; the wrapped one stays as it is.
+
+        Make a new optimizer to fine-tune it: its parameters are new.
+
+        Args:
+            directory: Where to save it, for `load_pruned`.
+            source: See `save_pruned`.
+        """
+        result = self._finished()
+        with self._plain_model() as model:
+            small = shrink(model, self.space.groups, result.widths, self.order)
+        for module in small.modules():
+            module.__dict__.pop("forward", None)  # NNI's unwrap leaves the class's own as an attribute
+        if directory is not None:
+            save_pruned(directory, small, self.space.groups, result.widths, self.order, result, source)
+        return small
+
+    def _choose(self, model: nn.Module) -> Widths:
+        """The method: widths inside the budget for the plain (unwrapped) model."""
+        raise NotImplementedError
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is not None or max_epochs is not None:
+            raise ConfigError(f"{type(self).__name__} trains nothing: call compress() without a duration")
+        self._compress()
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        """Nothing to patch into the training of other compressors."""
+
+    def _fuse_postprocess(self, evaluator: Evaluator) -> None:
+        self._compress()
+
+    def _compress(self) -> None:
+        started = time.perf_counter()
+        flops, params = self.costs["flops"], self.costs["params"]
+        self.result = None
+        with self._plain_model() as model:
+            self.order = channel_order(model, self.space.groups, self.importance)
+            self.evaluations = 0
+            widths = self._choose(model)
+            device = next(model.parameters()).device
+        self.result = Result(
+            method=self.method,
+            seed=self.seed,
+            budget=str(self.budget),
+            widths=widths,
+            flops=flops(widths),
+            full_flops=flops.full,
+            params=params(widths),
+            full_params=params.full,
+            evaluations=self.evaluations,
+            seconds={"search": time.perf_counter() - started},
+            device=describe_device(device),
+        )
+        self.update_masks(self._masks(widths))
+
+    def _finished(self) -> Result:
+        if self.result is None:
+            raise ConfigError("nothing is chosen yet: call compress() first")
+        return self.result
+
+    @contextmanager
+    def _plain_model(self) -> Iterator[nn.Module]:
+        """The model without NNI's wrappers, which come back with the same Parameter objects."""
+        wrapped = self._is_wrapped
+        if wrapped:
+            self.unwrap_model()
+        try:
+            yield self.bound_model
+        finally:
+            if wrapped:
+                self.wrap_model()
+
+    def _masks(self, widths: Widths) -> dict[str, dict[str, Tensor]]:
+        """Masks of all rows that compute or normalise dropped channels, over whole groups."""
+        kept = kept_channels(self.space.groups, widths, self.order)
+        shares: dict[str, list] = {}
+        for g in self.space.groups:
+            for m in g.members:
+                if m.role != "consumer" and m.layer in self._module_wrappers:
+                    shares.setdefault(m.layer, []).append((m, kept[g.name], g.size))
+        masks: dict[str, dict[str, Tensor]] = {}
+        for layer, parts in shares.items():
+            rows = torch.from_numpy(axis_mask(parts[0][0], parts))
+            spaces = self._module_wrappers[layer].pruning_target_spaces
+            for name, dim in parts[0][0].tensors:
+                if name in spaces and spaces[name].target is not None:
+                    target = spaces[name].target
+                    shape = [-1 if d == dim else 1 for d in range(target.dim())]
+                    masks.setdefault(layer, {})[name] = (
+                        rows.to(target).reshape(shape).expand_as(target).clone()
+                    )
+        return masks
+
+    def _budget_of_sparse_ratio(self, selected: Mapping[str, dict]) -> Budget:
+        """The FLOPs of the network whose groups keep 1 - sparse_ratio of their channels."""
+        ratios = {
+            g.name: [
+                selected[p.layer]["sparse_ratio"] for p in g.producers if "sparse_ratio" in selected[p.layer]
+            ]
+            for g in self.space.groups
+            if g.frozen is None
+        }
+        if not any(ratios.values()):
+            raise BudgetError(
+                "no budget: give budget= (such as 0.5 or '300M'), or sparse_ratio in config_list"
+            )
+        kept = {name: 1 - min(r) if r else 1.0 for name, r in ratios.items()}
+        widths = {
+            g.name: min(self.space.choices(g.name), key=lambda w: abs(w - kept.get(g.name, 1.0) * g.size))
+            for g in self.space.groups
+        }
+        flops = self.costs["flops"]
+        return Budget.parse({"flops": f"{flops(widths) / flops.full * 100:.12f}%"})
+
+
+class UniformPruner(WidthPruner):
+    """Every group keeps the same share of its channels, as large as the budget allows.
+
+    The baseline to beat, and the method of choice where there is no time to search. Needs no evaluator.
+    """
+
+    method = "uniform"
+
+    def _choose(self, model: nn.Module) -> Widths:
+        return project(self.space.largest(), self.space, self.bounds)
+
+
+class RandomPruner(WidthPruner):
+    """The best of some random networks inside the budget, by the evaluator's score.
+
+    Each candidate is cut out of the model, its BatchNorm statistics are estimated anew on the evaluator's
+    training data, and the evaluator's metric decides. A cheap search, and the one that others have to beat
+    at equal numbers of evaluations.
+
+    Args:
+        candidates: How many networks to draw and score.
+        calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
+        kwargs: See `WidthPruner`.
+    """
+
+    method = "random"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        candidates: int = 16,
+        calibration_steps: int = 20,
+        **kwargs: Any,
+    ) -> None:
+        if candidates < 1:
+            raise ConfigError(f"candidates must be at least 1, not {candidates}")
+        super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
+        self.candidates = candidates
+        self.calibration_steps = calibration_steps
+
+    def _choose(self, model: nn.Module) -> Widths:
+        if self.evaluator is None:
+            raise ConfigError("RandomPruner needs an evaluator to score its candidates")
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = [
+            project(self.space.sample(generator), self.space, self.bounds) for _ in range(self.candidates)
+        ]
+        scores: dict[Widths, float] = {}
+        for widths in tqdm(
+            dict.fromkeys(drawn), desc="random", unit="network", disable=True if self.quiet else None
+        ):
+            small = shrink(model, self.space.groups, widths, self.order)
+            if self.calibration_steps:
+                recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
+            scores[widths] = score(self.evaluator, small)
+        self.evaluations = len(scores)
+        return max(scores, key=scores.__getitem__)
+
+
+def _selected_layers(model: nn.Module, config_list: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Layer name -> its ratios, for the layers that `config_list` selects."""
+    if not config_list:
+        raise ConfigError("config_list is empty: select layers, such as [{'op_types': ['Conv2d']}]")
+    selected: dict[str, dict[str, float]] = {}
+    for config in trans_legacy_config_list(deepcopy(list(config_list))):
+        for key in config:
+            if key not in KEYS:
+                raise ConfigError(
+                    f"config_list: {key!r} has no meaning for whole channel groups"
+                    f"{nearest(key, KEYS)}; it takes {', '.join(KEYS)}"
+                )
+        layers, ratios, _ = select_modules_by_config(model, config)
+        if not layers:
+            raise ConfigError(f"config_list: {config} selects no layer of this model")
+        for name, value in ratios.items():
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ConfigError(f"config_list: {name} must lie in [0, 1], not {value!r}")
+        for layer in layers:
+            selected.setdefault(layer, dict(ratios))
+    return selected
+
+
+def _frozen_unless_selected(g: ChannelGroup, selected: Mapping[str, dict]) -> ChannelGroup:
+    left_out = [p.layer for p in g.producers if p.layer not in selected]
+    if g.frozen is None and left_out:
+        return dataclasses.replace(g, frozen=f"config_list does not select {left_out[0]!r}")
+    return g
+
+
+def _bounded(space: WidthSpace, selected: Mapping[str, dict[str, float]]) -> WidthSpace:
+    """The space inside the intersection of each group's `min_sparse_ratio` and `max_sparse_ratio`."""
+    bounds = {}
+    for g in space.groups:
+        if g.frozen is None:
+            ratios = [selected[p.layer] for p in g.producers]
+            low = max(1 - r.get("max_sparse_ratio", 1.0) for r in ratios)
+            high = min(1 - r.get("min_sparse_ratio", 0.0) for r in ratios)
+            bounds[g.name] = (low, high)
+    try:
+        return space.within(bounds)
+    except WidthError as error:
+        raise ConfigError(
+            f"config_list: min_sparse_ratio and max_sparse_ratio leave no choice: {error}"
+        ) from error
+
+
+def _others_to_mask(
+    model: nn.Module, groups: Sequence[ChannelGroup], selected: Mapping[str, dict]
+) -> list[dict]:
+    """A config that also wraps the normalisations and depthwise layers of the prunable groups.
+
+    NNI masks only wrapped layers, and a BatchNorm turns a masked channel into its bias.
+    """
+    layers = {
+        m.layer
+        for g in groups
+        if g.frozen is None
+        for m in g.members
+        if m.role == "through" and isinstance(model.get_submodule(m.layer), (_BatchNorm, _ConvNd))
+    }
+    names = sorted(layers - set(selected))
+    return [{"op_names": names}] if names else []
+
+
+def _one_sample(
+    model: nn.Module, example_inputs: Inputs | None, evaluator: Evaluator | None, budget: Budget | None
+) -> Inputs:
+    """The first sample of the example inputs, on the model's device."""
+    inputs = example_inputs
+    if inputs is None:
+        inputs = getattr(evaluator, "dummy_input", None)
+    if inputs is None:
+        inputs = getattr(evaluator, "_dummy_input", None)  # LightningEvaluator
+    if inputs is None:
+        if budget is not None and not budget.is_relative:
+            raise BudgetError(
+                f"{budget} needs the size of the model's input: give example_inputs=, "
+                "or dummy_input to the evaluator"
+            )
+        warnings.warn("no example_inputs and no dummy_input: guessing one image of 3x224x224", stacklevel=4)
+        inputs = torch.zeros(1, 3, 224, 224)
+    device = next(model.parameters()).device
+    return map_tensors(inputs, lambda t: t[:1].to(device) if t.dim() else t.to(device))
