@@ -1,27 +1,39 @@
 """Mistakes that a user can make, each told in one line that says what to do.
 
-The command line prints the message and exits with status 2. `UnsupportedModelError` and `WidthError` of
-`torch_pruning_adapters` belong to the same family.
+The command line prints the message of a `UserError` and exits with status 2; `UnsupportedModelError` and
+`WidthError` of `torch_pruning_adapters` are treated alike.
 """
 
 from __future__ import annotations
 
 
-class BudgetError(ValueError):
+class UserError(ValueError):
+    """Something that the user can put right; the message says how."""
+
+
+class BudgetError(UserError):
     """A budget that cannot be read, or that no network of the space keeps."""
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A key, value or combination in a configuration that has no meaning."""
 
 
-class ModelError(ValueError):
+class DataError(UserError):
+    """Data that is missing or cannot be used."""
+
+
+class EvaluatorError(UserError):
+    """An NNI evaluator that cannot do what a pruner needs."""
+
+
+class ModelError(UserError):
     """A model that cannot be found or built."""
 
 
-class ResultError(ValueError):
+class ResultError(UserError):
     """An output directory that cannot be written, or read back."""
 
 
-class TrainingError(RuntimeError):
-    """Training went wrong (loss not finite)."""
+class TrainingError(UserError):
+    """Training that went wrong: the loss is not finite."""

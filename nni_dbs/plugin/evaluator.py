@@ -21,13 +21,10 @@ from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nni_dbs.errors import EvaluatorError
 from nni_dbs.evaluate import cumulative_batchnorm, saw_batches
 
 Task = Callable[[], Any]
-
-
-class EvaluatorError(ValueError):
-    """The user's evaluator cannot do what a pruner needs; the message says what to add to it."""
 
 
 def repair(evaluator: Evaluator) -> None:

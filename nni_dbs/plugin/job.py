@@ -1,0 +1,251 @@
+"""`nni-dbs prune`: train, prune through an NNI pruner, fine-tune, export, reload, report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import nni
+import torch
+from nni.compression import TorchEvaluator
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.benchmark import Timer
+
+from nni_dbs.config import Config, Recipe
+from nni_dbs.cost import FlopsCost
+from nni_dbs.data import DATASETS, Splits, loader
+from nni_dbs.errors import ConfigError, ResultError
+from nni_dbs.evaluate import recalibrate_batchnorm
+from nni_dbs.models import build_model
+from nni_dbs.plugin.pruner import RandomPruner, UniformPruner, WidthPruner
+from nni_dbs.report import Row, write_pictures, write_report
+from nni_dbs.result import (
+    load_groups,
+    load_pruned,
+    load_result,
+    load_source,
+    save_pruned,
+    save_result,
+    write,
+)
+from nni_dbs.training import accuracy, sgd, training_loop, training_step
+from torch_pruning_adapters.errors import nearest
+
+CALIBRATION_IMAGES = 2048
+
+METHODS: dict[str, type[WidthPruner]] = {p.method: p for p in (UniformPruner, RandomPruner)}
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    config: Config
+    out: Path
+    splits: Splits
+    device: torch.device
+    quiet: bool
+    seconds: dict[str, float]
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+    def evaluator(self, model: nn.Module, recipe: Recipe, name: str, checkpoint: bool) -> TorchEvaluator:
+        """NNI's evaluator around the shell's own loop; it scores on the search-validation data."""
+        path = self.out / "checkpoint" / f"{name}.safetensors"
+        loop = training_loop(
+            self.splits.train,
+            recipe,
+            device=self.device,
+            seed=self.config.seed,
+            workers=self.config.workers,
+            checkpoint=path if checkpoint else None,
+            name=name,
+            quiet=self.quiet,
+        )
+        return TorchEvaluator(
+            loop,
+            sgd(model, recipe, nni.trace(SGD)),
+            training_step(recipe.label_smoothing),
+            dummy_input=self.example(),
+            evaluating_func=lambda m: accuracy(
+                m, self.splits.validation, device=self.device, workers=self.config.workers
+            ),
+        )
+
+    def train(self, model: nn.Module, recipe: Recipe, name: str) -> None:
+        """One stage of training, which resumes from its checkpoint."""
+        if recipe.epochs == 0:
+            return
+        evaluator = self.evaluator(model, recipe, name, checkpoint=True)
+        evaluator._init_optimizer_helpers(model)
+        evaluator.bind_model(model)
+        evaluator.train(max_epochs=recipe.epochs)
+        evaluator.unbind_model()
+
+    def recalibrate(self, model: nn.Module) -> None:
+        """Estimates BatchNorm statistics anew on the training data, as a cut network needs."""
+        batches = loader(self.splits.train, 64, shuffle=True, seed=self.config.seed)
+        images = (images.to(self.device) for images, _ in islice(batches, CALIBRATION_IMAGES // 64))
+        torch.manual_seed(self.config.seed)
+        recalibrate_batchnorm(model, images)
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, *self.splits.input_shape, device=self.device)
+
+    def test(self, model: nn.Module) -> float:
+        return accuracy(model, self.splits.test, device=self.device, workers=self.config.workers)
+
+
+def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> list[Row]:
+    """Runs a configuration and fills the directory `out`; returns the rows of the final table.
+
+    Raises:
+        ConfigError: Unknown method or option.
+        ResultError: `out` holds another run and `resume` is not set, or the reloaded model differs.
+    """
+    pruner_class = method(config.method)
+    if not resume and (out / "config.yaml").exists():
+        raise ResultError(f"{out} holds a run already; continue it with --resume or choose another --out")
+    if resume:
+        _check_same_run(config, out)
+    write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
+
+    device = resolve_device(config.device)
+    run = _Run(config, out, load_splits(config), device, quiet, {})
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, config.arguments).to(device)
+    with run.stage("train"):
+        run.train(model, config.train, "train")
+    rows = [Row("full", test_accuracy=run.test(model))]
+
+    with run.stage("prune"):
+        pruner = _pruner(pruner_class, model, run)
+        pruner.compress()
+        small = pruner.export()
+        run.recalibrate(small)
+    rows.append(Row("pruned", test_accuracy=run.test(small)))
+    with run.stage("finetune"):
+        run.train(small, config.finetune, "finetune")
+    rows.append(Row("fine-tuned", test_accuracy=run.test(small)))
+
+    result = pruner.result
+    assert result is not None
+    source = {
+        "model": config.model,
+        "arguments": config.arguments,
+        "input": list(run.splits.input_shape),
+    }
+    with run.stage("export"):
+        save_pruned(out, small, pruner.space.groups, result.widths, pruner.order, source=source)
+        reloaded = load_pruned(out).to(device)
+        _check_reloaded(small, reloaded, run.example())
+    rows.append(Row("reloaded", test_accuracy=run.test(reloaded)))
+    with run.stage("latency"):
+        pruner.unwrap_model()
+        full_ms, small_ms = latency_ms([model.eval(), reloaded.eval()], run.example())
+
+    for row in rows:
+        pruned = row.stage != "full"
+        row.flops = result.flops if pruned else result.full_flops
+        row.params = result.params if pruned else result.full_params
+        row.latency_ms = small_ms if pruned else full_ms
+    result.metrics = {row.stage: row.test_accuracy for row in rows}
+    result.seconds = {**run.seconds, **result.seconds}
+    save_result(out, result)
+    write_report(out, config, result, rows, pruner.space.groups, pruner.costs["flops"])
+    return rows
+
+
+def replot(out: Path) -> list[Path]:
+    """Draws the pictures of a finished run again, from its files."""
+    result, groups = load_result(out), load_groups(out)
+    source = load_source(out)
+    model = build_model(source["model"], source["arguments"])
+    example = torch.zeros(1, *source["input"])
+    return write_pictures(out, result, groups, FlopsCost(model, example, groups))
+
+
+def method(name: str) -> type[WidthPruner]:
+    """The pruner of a method's name."""
+    if name not in METHODS:
+        raise ConfigError(f"method: no method {name!r}{nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def load_splits(config: Config) -> Splits:
+    """The configuration's data, split by its seed."""
+    options = {key: value for key, value in config.data.items() if key != "name"}
+    return DATASETS[config.data["name"]](seed=config.seed, **options)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: there is no CUDA device on this machine; use auto or cpu")
+    return torch.device(name)
+
+
+def latency_ms(models: list[nn.Module], example: Tensor, rounds: int = 7) -> list[float]:
+    """Median milliseconds of one forward pass of each model, measured in turns so that drift hits all."""
+    times: list[list[float]] = [[] for _ in models]
+    threads = torch.get_num_threads()
+    with torch.no_grad():
+        timers = [
+            Timer(
+                "model(example)",
+                globals={"model": m, "example": example},
+                num_threads=threads,
+            )
+            for m in models
+        ]
+        for timer in timers:
+            timer.timeit(3)
+        for _ in range(rounds):
+            for timer, measured in zip(timers, times, strict=True):
+                measured.append(timer.blocked_autorange(min_run_time=0.05).median * 1e3)
+    return [median(measured) for measured in times]
+
+
+def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run) -> WidthPruner:
+    config = run.config
+    evaluator = run.evaluator(model, config.finetune, "calibrate", checkpoint=False)
+    try:
+        return pruner_class(
+            model,
+            config.config_list,
+            evaluator,
+            budget=config.budget,
+            min_ratio=config.min_ratio,
+            divisor=config.divisor,
+            seed=config.seed,
+            quiet=run.quiet,
+            **config.options,
+        )
+    except TypeError as error:
+        raise ConfigError(f"options of method {config.method!r}: {error}") from error
+
+
+def _check_same_run(config: Config, out: Path) -> None:
+    path = out / "config.yaml"
+    if path.exists() and path.read_text() != config.to_yaml():
+        raise ResultError(
+            f"{out} holds a run with another configuration; resume that one or choose another --out"
+        )
+
+
+def _check_reloaded(saved: nn.Module, reloaded: nn.Module, example: Tensor) -> None:
+    with torch.no_grad():
+        if not torch.equal(saved.eval()(example), reloaded.eval()(example)):
+            raise ResultError("the reloaded model gives other outputs than the saved one; this is a bug")

@@ -1,0 +1,224 @@
+"""The command line: every command on a small network, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from nni_dbs import load_pruned
+from nni_dbs.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {
+    "model": "examples.cifar_resnet:resnet20",
+    "arguments": {"widths": [4, 8, 16]},
+    "data": {"name": "digits"},
+    "budget": 0.5,
+    "divisor": 1,
+    "train": {"epochs": 2, "lr": 0.05},
+    "finetune": {"epochs": 1, "lr": 0.01},
+    "device": "cpu",
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(["prune", str(folder / "config.yaml"), "--out", str(folder / "out"), "--quiet"]) == 0
+    return folder / "out"
+
+
+def test_prune_writes_the_whole_directory(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.yaml",
+        "widths.yaml",
+        "groups.json",
+        "weights.safetensors",
+        "result.json",
+        "report.md",
+        "widths.png",
+        "flops.png",
+        "checkpoint",
+    }
+    result = json.loads((run / "result.json").read_text())
+    assert 0.98 * result["full_flops"] / 2 <= result["flops"] <= result["full_flops"] / 2
+    assert set(result["metrics"]) == {"full", "pruned", "fine-tuned", "reloaded"}
+    assert result["metrics"]["reloaded"] == result["metrics"]["fine-tuned"]
+    assert {"train", "prune", "finetune", "export"} <= set(result["seconds"])
+    report = (run / "report.md").read_text()
+    assert "![widths](widths.png)" in report and "| fine-tuned |" in report
+    model = load_pruned(run)
+    assert sum(p.numel() for p in model.parameters()) == result["params"]
+
+
+def test_evaluate_repeats_the_runs_accuracy(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["test_accuracy"]
+    assert found == json.loads((run / "result.json").read_text())["metrics"]["fine-tuned"]
+
+
+def test_plot_draws_again(run: Path) -> None:
+    picture = run / "widths.png"
+    picture.unlink()
+    assert main(["plot", str(run)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_same_seed_same_weights_also_after_a_kill(run: Path, config: Path, tmp_path: Path) -> None:
+    """A run stopped in the second epoch of training, then in fine-tuning, ends at the same weights."""
+    out = tmp_path / "out"
+    for stage, steps in (("train", 20), ("finetune", 5)):
+        with pytest.MonkeyPatch.context() as patch:
+            _kill_after(patch, stage, steps)
+            with pytest.raises(KeyboardInterrupt):
+                main(["prune", str(config), "--out", str(out), "--quiet", "--resume"])
+    assert main(["prune", str(config), "--out", str(out), "--quiet", "--resume"]) == 0
+    mine, other = load_file(out / "weights.safetensors"), load_file(run / "weights.safetensors")
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def _kill_after(patch: pytest.MonkeyPatch, stage: str, steps: int) -> None:
+    from nni_dbs import training
+
+    check = training._check_loss
+
+    def killed(loss: float, name: str, step: int, lr: float) -> None:
+        check(loss, name, step, lr)
+        if name == stage and step >= steps:
+            raise KeyboardInterrupt
+
+    patch.setattr(training, "_check_loss", killed)
+
+
+def test_random_search_from_the_shell(config: Path, tmp_path: Path) -> None:
+    overrides = ["method=random", "options.candidates=3", "options.calibration_steps=2", "train.epochs=1"]
+    out = tmp_path / "out"
+    assert main(["prune", str(config), *overrides, "--out", str(out), "--quiet"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["method"] == "random" and result["evaluations"] == 3
+
+
+def test_groups_and_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["groups", "resnet18", "--input", "3x64x64", "--json"]) == 0
+    groups = json.loads(capsys.readouterr().out)
+    assert [g["name"] for g in groups][:2] == ["conv1", "layer1.0.conv1"] and len(groups) == 12
+    assert main(["groups", "resnet18", "--input", "3x64x64"]) == 0
+    assert "12 of 12 groups can be cut" in capsys.readouterr().out
+
+    widths = tmp_path / "widths.yaml"
+    widths.write_text(yaml.safe_dump({"layer4.1.conv1": 256}))
+    assert main(["cost", "resnet18", "--widths", str(widths), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["flops"]["full"] == 1_814_073_344
+    assert found["flops"]["full"] - found["flops"]["cost"] == 2 * 256 * 512 * 9 * 7 * 7
+    assert found["params"]["full"] - found["params"]["cost"] == 2 * 256 * 512 * 9 + 2 * 256
+
+
+def test_methods_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert "uniform" in text and "random" in text
+
+
+def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("nni-dbs: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.epochs=1", "unknown key 'trian' (did you mean 'train'?)"),
+        ("train.epoch=1", "unknown key 'train.epoch' (did you mean 'epochs'?)"),
+        ("data.rot=x", "unknown key 'data.rot'"),
+        ("data.name=digit", "did you mean 'digits'?"),
+        ("model=resnet81", "did you mean 'resnet18'?"),
+        ("model=examples.nothing:net", "cannot import the model"),
+        ("arguments.depth=3", "cannot build 'examples.cifar_resnet:resnet20'"),
+        ("budget=1K", "reachable"),
+        ("budget=lots", "cannot read the budget 'lots'"),
+        ("budget=-3", "must be positive"),
+        ("method=unifrom", "did you mean 'uniform'?"),
+        ("options.candidates=3", "options of method 'uniform'"),
+        ("config_list=[{op_types: [Conv3d]}]", "selects no layer"),
+        ("device=gpu", "expected auto, cpu or cuda"),
+        ("train.lr=1e9", "lower train.lr"),
+        ("train.epochs=two", "train.epochs: expected int"),
+    ],
+)
+def test_mistakes_in_the_configuration(
+    override: str, message: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["prune", str(config), "train.epochs=1", override, "--out", str(tmp_path / "out"), "--quiet"]
+    assert message in _fails(command, capsys)
+
+
+def test_mistakes_with_files(
+    run: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    prune = ["prune", str(config), "--quiet", "--out"]
+    assert "cannot write" in _fails([*prune, str(file / "out")], capsys)
+    assert "continue it with --resume" in _fails([*prune, str(run)], capsys)
+    assert "another configuration" in _fails([*prune, str(run), "--resume", "seed=1"], capsys)
+    assert "cannot read" in _fails(["prune", str(tmp_path / "none.yaml")], capsys)
+    assert "no directory" in _fails(["evaluate", str(tmp_path / "none")], capsys)
+
+    widths = run / "widths.yaml"
+    command = ["cost", "mobilenet_v2", "--widths", str(widths), "--input", "3x64x64"]
+    assert "the widths were made for another model" in _fails(command, capsys)
+    assert "--input" in _fails(["groups", "resnet18", "--input", "big"], capsys)
+
+
+def test_truncated_weights(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("config.yaml", "widths.yaml", "groups.json"):
+        (damaged / name).write_bytes((run / name).read_bytes())
+    (damaged / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:-100])
+    assert "is damaged" in _fails(["evaluate", str(damaged)], capsys)
+
+
+def test_empty_data(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "val" / "cat").mkdir(parents=True)
+    data = f"data={{name: imagefolder, root: {tmp_path / 'images'}}}"
+    message = _fails(["prune", str(config), data, "--quiet", "--out", str(tmp_path / "out")], capsys)
+    assert "images" in message
+
+
+def test_a_fresh_process_prints_one_line_and_exits_with_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nni_dbs.cli", "evaluate", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "nni-dbs" in line] == done.stderr.splitlines()[-1:]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nni_dbs.config import Config, Recipe, load_config
+from nni_dbs.errors import ConfigError, UserError
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "config.yaml"
+
+
+def test_the_example_is_read_and_survives_its_own_yaml(tmp_path: Path) -> None:
+    config = load_config(EXAMPLE)
+    assert config.model == "resnet18" and config.train == Recipe(epochs=6, lr=0.05)
+    again = tmp_path / "config.yaml"
+    again.write_text(config.to_yaml())
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("budget=300M", lambda c: c.budget == "300M"),
+        ("budget={flops: 0.5, params: 1M}", lambda c: c.budget == {"flops": 0.5, "params": "1M"}),
+        ("train.lr=1e-4", lambda c: c.train.lr == 1e-4),
+        ("train.lr=1", lambda c: c.train.lr == 1.0 and isinstance(c.train.lr, float)),
+        ("options.candidates=3", lambda c: c.options == {"candidates": 3}),
+        ("seed=7", lambda c: c.seed == 7),
+    ],
+)
+def test_overrides(override: str, read: object) -> None:
+    assert callable(read) and read(load_config(EXAMPLE, [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "write key=value"),
+        ("seed.x=1", "'seed' has no keys"),
+        ("seed=yes", "seed: expected int"),
+        ("seed=[", "not valid YAML"),
+        ("train=3", "train: expected a mapping"),
+        ("train.lr=fast", "train.lr: expected a number"),
+        ("train.lr=0", "must be positive"),
+        ("data.max_shit=1", "did you mean 'max_shift'?"),
+        ("config_list={}", "config_list: expected list"),
+        ("budget={latency: 3}", "bounds flops or params"),
+    ],
+)
+def test_mistakes(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(EXAMPLE, [override])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["model", "data", "budget"])
+def test_missing_keys(missing: str, tmp_path: Path) -> None:
+    data = yaml.safe_load(EXAMPLE.read_text())
+    del data[missing]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(data))
+    with pytest.raises(ConfigError, match=f"'{missing}' is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["", "- a", "a: [", "3"])
+def test_files_that_are_no_configuration(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_defaults_are_valid() -> None:
+    Config(model="resnet18", data={"name": "digits"}, budget=0.5)
