@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -270,7 +271,7 @@ def _dimension_lengths(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], 
     for (layer, _), parts in axes.items():
         free = [(i, m) for i, m in parts if groups[i].frozen is None]
         for name, dim in parts[0][1].tensors:
-            blocks = parts[0][1].blocks if parts[0][1].per_block else 1
+            blocks = parts[0][1].blocks_of(name)
             constant = parts[0][1].size - sum(m.multiplicity * groups[i].size for i, m in free)
             slopes = tuple((i, m.multiplicity * groups[i].step // blocks) for i, m in free)
             lengths.setdefault((layer, name), {})[dim] = _Linear(constant // blocks, slopes)
@@ -396,24 +397,25 @@ class Bounds:
                 )
 
 
+_AMOUNT = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([KMGTkmgt%]?)\s*")
+
+
 def _amount(value: Any) -> tuple[float, bool]:
     """A budget's number, and whether it is relative."""
+    unit = ""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([KMGTkmgt]?|%)\s*", value)
+        match = _AMOUNT.fullmatch(value)
         if not match:
             raise BudgetError(f"cannot read the budget {value!r}; write 300M, 1.04G, 50% or 0.5")
-        try:
-            number = float(match[1])
-        except ValueError:
-            raise BudgetError(f"cannot read the budget {value!r}; write 300M, 1.04G, 50% or 0.5") from None
-        if match[2] == "%":
-            number, absolute = number / 100, False
-        else:
-            number, absolute = number * _SUFFIX[match[2].upper()], bool(match[2])
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number, absolute = float(value), False
+        number, unit = float(match[1]), match[2].upper()
+    elif isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
     else:
         raise BudgetError(f"a budget is a number or a text such as 300M, not {value!r}")
     if not (math.isfinite(number) and number > 0):
         raise BudgetError(f"a budget must be positive, not {value!r}")
-    return number, number <= 1 and not absolute
+    if unit == "%":
+        if number > 100:
+            raise BudgetError(f"a share of the full network is at most 100%, not {value!r}")
+        return number / 100, True
+    return number * _SUFFIX[unit], number <= 1 and not unit

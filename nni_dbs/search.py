@@ -30,7 +30,7 @@ def project(widths: Mapping[str, int], space: WidthSpace, bounds: Bounds) -> Wid
     """
     bounds.check_reachable(space.smallest(), space.largest())
     choices = [np.array(space.choices(name)) for name in space.names]
-    wish = space.encode(widths).numpy()
+    wish = np.maximum(space.encode(widths).numpy(), 1)
 
     def scaled(factor: float) -> np.ndarray:
         """(G,) position of the widest choice up to the scaled wish, or of the narrowest."""
@@ -45,7 +45,7 @@ def project(widths: Mapping[str, int], space: WidthSpace, bounds: Bounds) -> Wid
         row = [c[p] for c, p in zip(choices, positions, strict=True)]
         return bool(bounds.fits_batch(torch.tensor([row], dtype=torch.float64))[0])
 
-    low, high = 0.0, max(c[-1] / w for c, w in zip(choices, wish, strict=True)) * (1 + 1e-9)
+    low, high = 0.0, max((c[-1] / w for c, w in zip(choices, wish, strict=True)), default=0.0) * (1 + 1e-9)
     if fits(scaled(high)):
         low = high
     for _ in range(_BISECTIONS):

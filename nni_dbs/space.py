@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch_pruning_adapters import ChannelGroup, WidthError, find_channel_groups
 from torch_pruning_adapters.graph import Inputs
 
+ROUNDING = 1e-9  # slack for ratios: 0.57 * 100 is below 57
+
 
 class Widths(Mapping[str, int]):
     """An immutable, hashable mapping: group name -> number of channels."""
@@ -34,6 +36,9 @@ class Widths(Mapping[str, int]):
     def __hash__(self) -> int:
         return hash(frozenset(self._widths.items()))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Widths, (self._widths,)
+
     def __repr__(self) -> str:
         return f"Widths({self._widths})"
 
@@ -46,7 +51,7 @@ def width_choices(size: int, step: int = 1, min_ratio: float = 0.0, divisor: int
     """
     grid = np.arange(divisor, size, divisor)
     widths = np.floor(grid / step + 0.5).astype(int) * step
-    allowed = {int(w) for w in widths if 0 < w < size and w >= min_ratio * size}
+    allowed = {int(w) for w in widths if 0 < w < size and w / size >= min_ratio - ROUNDING}
     return (*sorted(allowed), size)
 
 
@@ -98,10 +103,10 @@ class WidthSpace:
         space._choices = dict(self._choices)
         for g in self.groups:
             low, high = bounds.get(g.name, (0.0, 1.0))
-            kept = [w for w in self._choices[g.name] if low * g.size <= w <= high * g.size]
+            kept = [w for w in self._choices[g.name] if low - ROUNDING <= w / g.size <= high + ROUNDING]
             if not kept:
-                widest = math.floor(high * g.size / g.step) * g.step
-                if widest < max(low * g.size, g.step):
+                widest = math.floor((high + ROUNDING) * g.size / g.step) * g.step
+                if g.frozen or widest < max((low - ROUNDING) * g.size, g.step):
                     raise WidthError(
                         f"group {g.name!r} ({g.size} channels, step {g.step}) has no width between "
                         f"{low:.0%} and {high:.0%}"

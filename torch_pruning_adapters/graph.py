@@ -105,14 +105,18 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Gives every module its train/eval mode and every parameter its `requires_grad` back on exit."""
+    """Gives every module its mode and hooks and every parameter its `requires_grad` back on exit."""
     modes = {m: m.training for m in model.modules()}
+    hooks = {m: set(m._forward_hooks) for m in model.modules()}
     grads = {p: p.requires_grad for p in model.parameters()}
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, known in hooks.items():  # torch-pruning leaves its own where the forward pass fails
+            for hook in set(module._forward_hooks) - known:
+                del module._forward_hooks[hook]
         for parameter, requires_grad in grads.items():
             parameter.requires_grad_(requires_grad)
 
@@ -130,7 +134,7 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Traced:
                 "which is not followed"
             )
     graph = _BoundedGraph()
-    with preserved(model), torch.enable_grad(), warnings.catch_warnings():
+    with preserved(model), torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning warns of what is checked here
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
@@ -146,7 +150,6 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Traced:
             raise UnsupportedModelError(
                 f"torch-pruning cannot build this model's graph: {type(error).__name__}: {error}"
             ) from error
-        graph.check_calls()
         return _walk_all(graph)
 
 
@@ -158,7 +161,8 @@ class _BoundedGraph(tp.DependencyGraph):
         self.lookups = 0
         self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []  # grad_fn of each output
-        self.called: set[nn.Module] = set()
+        self.owners: set[nn.Module] = set()  # modules with parameters of their own
+        self.called: set[nn.Module] = set()  # those of them that the forward pass called
         self.leaves: dict[Node, list[nn.Parameter]] = {}
         self.blocked: dict[Node, str] = {}
 
@@ -173,7 +177,7 @@ class _BoundedGraph(tp.DependencyGraph):
             self.inputs.append(copy)
             return copy
 
-        hooks = [m.register_forward_hook(lambda module, *_: self.called.add(module)) for m in model.modules()]
+        hooks = [m.register_forward_hook(lambda module, *_: self.called.add(module)) for m in self.owners]
         try:
             out = self._run_with_auxiliary_heads(model, map_tensors(example_inputs, leaf))
         finally:
@@ -185,6 +189,7 @@ class _BoundedGraph(tp.DependencyGraph):
                 "the model's output does not depend on its parameters: nothing to trace"
             )
         self.outputs = [t.grad_fn for t in found]
+        self._check_calls()
         return found
 
     def _run_with_auxiliary_heads(self, model: nn.Module, example_inputs: Inputs) -> Any:
@@ -195,10 +200,7 @@ class _BoundedGraph(tp.DependencyGraph):
         """
         model.eval()
         plain = call(model, example_inputs)
-        idle = [
-            m for m in model.modules() if m not in self.called and next(m.parameters(False), None) is not None
-        ]
-        if not idle:
+        if self.called.issuperset(self.owners):
             return plain
         for module in model.modules():
             module.training = next(module.children(), None) is not None
@@ -213,6 +215,7 @@ class _BoundedGraph(tp.DependencyGraph):
             id(p) for m in self.model.modules() if isinstance(m, _LAYERS) for p in m.parameters(recurse=False)
         }
         self._owner = {p: (m, n) for m in self.model.modules() for n, p in m.named_parameters(recurse=False)}
+        self.owners = {m for m, _ in self._owner.values()}
         return {}, []
 
     def _trace(self, *args: Any, **kwargs: Any) -> dict[Any, Node]:
@@ -249,7 +252,7 @@ class _BoundedGraph(tp.DependencyGraph):
                 "through its reshapes and branches)"
             )
 
-    def check_calls(self) -> None:
+    def _check_calls(self) -> None:
         """Refuses layers whose weights are used without calling the layer."""
         leaves = set()
         stack, seen = list(self.outputs), set()
@@ -303,7 +306,6 @@ def _is_producer(module: Any) -> bool:
 
 def _walk_all(graph: _BoundedGraph) -> Traced:
     """Walks the graph from every producer whose channels no earlier walk has reached completely."""
-    index_mapping.update_index_mapping(graph)
     nodes: dict[Any, Node] = graph.module2node
     names = {m: n for n, m in graph.model.named_modules()}
     ends = {node for node in nodes.values() if node.type == tp.ops.OPTYPE.OUTPUT}
@@ -344,8 +346,12 @@ def _walk_all(graph: _BoundedGraph) -> Traced:
                 traced.reaches_output.add(start)
             if target in graph.blocked and not (out and _is_producer(target.module)):
                 traced.blocked[start] = graph.blocked[target]
+            if isinstance(target.module, nn.PReLU) and target.module.num_parameters == 1:
+                continue
             at = axis_of(target, out)
-            if at is not None:
+            if at is not None and pairs[:, 0].max() >= axes[at].size:
+                traced.blocked[start] = f"is reshaped on its way to {axes[at].layer!r}, which is not followed"
+            elif at is not None:
                 axes[at].index.append(pairs[:, 0])
                 axes[at].source.append(pairs[:, 1])
                 axes[at].root.append(start)
@@ -388,6 +394,8 @@ def _walk(graph: _BoundedGraph, root: Node, size: int) -> dict[tuple[Node, bool]
             key = (dep.target, graph.is_out_channel_pruning_fn(dep.handler))
             if key in found:
                 known = found[key]
+                if np.array_equal(mapped, known):
+                    continue
                 new = mapped[~np.isin(_code(mapped, size), _code(known, size))]
                 found[key] = np.concatenate([known, new])
                 _refuse_mixing(found[key], size, root)

@@ -44,7 +44,7 @@ class Member:
         spans: Where the group's channels lie on that axis.
         blocks: A grouped convolution's `groups` (or a GroupNorm's): every block of the axis must keep
             the same pattern of channels.
-        per_block: The tensor's dimension covers one block only (columns of a grouped convolution).
+        per_block: The weight's dimension covers one block only (columns of a grouped convolution).
     """
 
     layer: str
@@ -62,6 +62,10 @@ class Member:
         roots = {(s.root, s.length) for s in self.spans}
         channels = max(root + length for root, length in roots)
         return sum(s.length * s.repeat for s in self.spans) // channels
+
+    def blocks_of(self, tensor: str) -> int:
+        """How many blocks of the axis share one entry of a tensor's dimension."""
+        return self.blocks if self.per_block and tensor == "weight" else 1
 
     def apply(self, keep: np.ndarray, axis: np.ndarray) -> None:
         """Writes the group's mask `keep` (C,) into the mask of the layer's whole axis (size,)."""
@@ -133,6 +137,9 @@ def spans_of(index: np.ndarray, root: np.ndarray) -> tuple[Span, ...]:
         index: (N,) ascending entries of the axis.
         root: (N,) the group's channel behind each.
     """
+    n = len(index)
+    if index[-1] - index[0] == n - 1 and np.array_equal(root, np.arange(n)):
+        return (Span(int(index[0]), 0, n),)
     new_channel = np.ones(len(index), dtype=bool)
     new_channel[1:] = (np.diff(index) != 1) | (np.diff(root) != 0)
     first = np.flatnonzero(new_channel)  # (M,) where a channel's entries begin

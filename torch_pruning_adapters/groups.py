@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from torch import nn
@@ -28,7 +28,8 @@ def find_channel_groups(
         model: Any module of convolutions and linear layers; frozen parameters are fine.
         example_inputs: A tensor, a sequence of positional inputs or a mapping of named ones, on the
             model's device. One sample is enough.
-        ignore: Dotted names of layers (or of modules around them) that must stay as they are.
+        ignore: Dotted names of layers (or of modules around them) whose outputs keep all their channels;
+            their inputs may still narrow.
         verify: Cut a copy at random widths and compare its outputs with the uncut copy whose dropped
             channels are not read; a group that fails is frozen with the reason. Costs a copy of the
             model and a few forward passes.
@@ -68,24 +69,38 @@ def _read_groups(traced: Traced, model: nn.Module) -> list[ChannelGroup]:
     # (component, axis) -> number of entries; components with equal rows belong to one group
     code, counts = np.unique(label * len(axes) + axis_of, return_counts=True)
     component, axis = code // len(axes), code % len(axes)
-    bounds = np.flatnonzero(np.diff(component, prepend=-1))
-    by_signature: dict[bytes, list[int]] = {}
-    for low, high in zip(bounds, np.append(bounds[1:], len(code)), strict=True):
-        signature = axis[low:high].tobytes() + counts[low:high].tobytes()
-        by_signature.setdefault(signature, []).append(component[low])
+    first = np.flatnonzero(np.diff(component, prepend=-1))  # row at which a component begins
+    length = np.diff(np.append(first, len(code)))
+    before = np.maximum(np.arange(len(code)) - np.repeat(length, length), 0)
+    like_before = np.logical_and.reduceat((axis == axis[before]) & (counts == counts[before]), first)
+    like_before[1:] &= length[1:] == length[:-1]
+    like_before[:1] = False
+    run = np.flatnonzero(~like_before)  # neighbours are mostly alike, so there are few runs
+    numbers: dict[bytes, int] = {}
+    group_of = np.empty(len(label), dtype=int)  # of a component
+    for start, stop in zip(run, np.append(run[1:], len(first)), strict=True):
+        rows = slice(first[start], first[start] + length[start])
+        signature = axis[rows].tobytes() + counts[rows].tobytes()
+        group_of[component[first[start:stop]]] = numbers.setdefault(signature, len(numbers))
+
+    shares: list[dict[int, np.ndarray]] = [{} for _ in numbers]  # group -> axis -> its entries there
+    for i in range(len(axes)):
+        number = group_of[label[offset[i] : offset[i + 1]]]
+        for n in number[:1] if (number == number[0]).all() else np.unique(number):
+            shares[n][i] = np.flatnonzero(number == n)
 
     producer_rank = {id(m): i for i, m in enumerate(model.modules())}
     groups = []
-    for components in by_signature.values():
-        touched = np.unique(axis[np.isin(component, components)])
-        producers = [i for i in touched if axes[i].role == "producer"]
+    for entries in shares:
+        producers = [i for i in entries if axes[i].role == "producer"]
         if not producers:
             continue
         root = min(producers, key=lambda i: producer_rank[id(axes[i].module)])
-        if traced.reaches_output & set(touched) and not any(axes[i].role == "consumer" for i in touched):
+        if traced.reaches_output & set(entries) and not any(axes[i].role == "consumer" for i in entries):
             continue
-        group, start = _read_group(traced, components, touched, root, label, offset)
-        groups.append((producer_rank[id(axes[root].module)], start, group))
+        labels = {i: label[offset[i] + index] for i, index in entries.items()}
+        group = _read_group(traced, entries, labels, root)
+        groups.append((producer_rank[id(axes[root].module)], entries[root][0], group))
     groups.sort(key=lambda found: found[:2])
     return _with_names([g for _, _, g in groups])
 
@@ -111,35 +126,22 @@ def _components(axes: list[Axis]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_group(
-    traced: Traced,
-    components: list[int],
-    touched: np.ndarray,
-    root: int,
-    label: np.ndarray,
-    offset: np.ndarray,
-) -> tuple[ChannelGroup, int]:
-    """One group and the entry of its root axis at which it starts."""
+    traced: Traced, entries: Mapping[int, np.ndarray], labels: Mapping[int, np.ndarray], root: int
+) -> ChannelGroup:
+    """One group, from its entries on each axis and the components that they belong to."""
     axes = traced.axes
-
-    def entries(i: int) -> tuple[np.ndarray, np.ndarray]:
-        labels = label[offset[i] : offset[i + 1]]
-        index = np.flatnonzero(np.isin(labels, components))
-        return index, labels[index]
-
-    index, labels = entries(root)
-    channels, first = np.unique(labels, return_index=True)
-    channels = channels[np.argsort(first)]  # (C,) components in the order of the root's axis
-    position = {c: i for i, c in enumerate(channels)}
+    channels, first = np.unique(labels[root], return_index=True)  # (C,) ascending components
+    position = np.empty(len(channels), dtype=int)  # of a component in the order of the root's axis
+    position[np.argsort(first)] = np.arange(len(channels))
     size = len(channels)
 
-    frozen = next((traced.blocked[i] for i in touched if i in traced.blocked), None)
-    if traced.reaches_output & set(touched):
+    frozen = next((traced.blocked[i] for i in entries if i in traced.blocked), None)
+    if traced.reaches_output & set(entries):
         frozen = "reaches the network's output"
     members, step = [], 1
-    for i in sorted(touched, key=lambda i: (i != root, i)):
-        on_axis, components_on_axis = entries(i)
-        roots = np.array([position[c] for c in components_on_axis])
-        member, reason = _member(axes[i], on_axis, roots, size)
+    for i in sorted(entries, key=lambda i: (i != root, i)):
+        roots = position[np.searchsorted(channels, labels[i])]
+        member, reason = _member(axes[i], entries[i], roots, size)
         frozen = frozen or reason
         if member is not None:
             members.append(member)
@@ -151,7 +153,7 @@ def _read_group(
         frozen = frozen or f"its grouped layers leave one channel in each of {step} blocks"
     elif size == 1:
         frozen = frozen or "a single channel"
-    return ChannelGroup(axes[root].layer, size, step, tuple(members), frozen), int(index[0])
+    return ChannelGroup(axes[root].layer, size, step, tuple(members), frozen)
 
 
 def _member(axis: Axis, index: np.ndarray, roots: np.ndarray, size: int) -> tuple[Member | None, str | None]:
@@ -192,8 +194,6 @@ def _member(axis: Axis, index: np.ndarray, roots: np.ndarray, size: int) -> tupl
     elif isinstance(module, nn.GroupNorm):
         kind, tensors, blocks = "groupnorm", (("weight", 0), ("bias", 0)), module.num_groups
     elif isinstance(module, nn.PReLU):
-        if module.num_parameters == 1:
-            return None, None
         kind, tensors = "prelu", (("weight", 0),)
     elif isinstance(module, nn.Embedding):
         kind, tensors = "embedding", (("weight", 1),)

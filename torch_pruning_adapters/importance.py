@@ -105,6 +105,8 @@ def _producer_sum(model: nn.Module, group: ChannelGroup, fn: Callable[[Tensor], 
     for member in group.producers:
         weight = model.get_submodule(member.layer).get_parameter("weight").detach()
         dim = dict(member.tensors)["weight"]
+        if member.per_block:  # a transposed convolution: each block of rows has its own channels as columns
+            weight = weight.unflatten(0, (member.blocks, -1)).transpose(0, 1).flatten(1, 2)
         per_entry = fn(weight).transpose(0, dim).flatten(1).sum(1)
         _add_by_channel(score, member, per_entry)
     return score

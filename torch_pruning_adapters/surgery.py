@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -45,25 +46,23 @@ def shrink(
     groups = tuple(groups)
     check_widths(groups, widths)
     narrowed = [g for g in groups if widths.get(g.name, g.size) < g.size]
+    modules = dict(model.named_modules())
+    _check_model(modules, narrowed)
     if order is None:
         order = channel_order(model, narrowed)
     kept = kept_channels(narrowed, widths, order)
-    modules = dict(model.named_modules())
 
     memo: dict[int, object] = {}
-    changed: dict[str, nn.Module] = {}
+    lengths: dict[str, int] = {}
     for (layer, name), indices in _indices(narrowed, kept).items():
-        owner, attribute = _find(modules, layer, name)
-        tensor = getattr(owner, attribute, None)
-        if tensor is None:
-            continue
-        memo[id(tensor)] = _slice(tensor, indices, f"{layer}.{name}")
-        if owner is modules.get(layer):
-            changed[layer] = owner
-    small = copy.deepcopy(model, memo)
+        tensor = getattr(modules[layer], name, None)
+        if tensor is not None:
+            memo[id(tensor)] = _slice(tensor, indices)
+        lengths[layer] = len(next(iter(indices.values())))
+    small = _copy(model, memo)
     copies = dict(small.named_modules())
-    for layer in changed:
-        set_sizes(copies[layer])
+    for layer, length in lengths.items():
+        set_sizes(copies[layer], length)
     return small
 
 
@@ -124,42 +123,79 @@ def _indices(groups: Sequence[ChannelGroup], kept: Kept) -> dict[tuple[str, str]
     for (layer, _), parts in shares.items():
         member = parts[0][0]
         mask = axis_mask(member, parts)
-        whole = np.flatnonzero(mask)
         for name, dim in member.tensors:
-            index = whole
-            if member.per_block:
-                index = np.flatnonzero(mask[: member.size // member.blocks])
+            index = np.flatnonzero(mask[: member.size // member.blocks_of(name)])
             indices.setdefault((layer, name), {})[dim] = index
     return indices
 
 
-def _find(modules: Mapping[str, nn.Module], layer: str, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a member's tensor, and the attribute's name."""
-    owner = modules.get(layer)
-    if owner is None:
-        raise WidthError(
-            f"the model has no layer {layer!r}{nearest(layer, modules)}; "
-            "the groups were found on another model"
-        )
-    return owner, name
+def _check_model(modules: Mapping[str, nn.Module], groups: Iterable[ChannelGroup]) -> None:
+    """Raises `WidthError` unless the model has the layers of the groups, in the sizes that they had."""
+    for m in (m for g in groups for m in g.members):
+        if m.layer not in modules:
+            raise WidthError(
+                f"the model has no layer {m.layer!r}{nearest(m.layer, modules)}; "
+                "the groups were found on another model"
+            )
+        for name, dim in m.tensors:
+            tensor = getattr(modules[m.layer], name, None)
+            length = m.size // m.blocks_of(name)
+            if tensor is not None and tensor.shape[dim : dim + 1] != (length,):
+                raise WidthError(
+                    f"{m.layer}.{name} has shape {tuple(tensor.shape)} where these groups expect {length} "
+                    f"in dimension {dim}; they were found on another model"
+                )
 
 
-def _slice(tensor: Tensor, indices: Mapping[int, np.ndarray], label: str) -> Tensor:
+def _slice(tensor: Tensor, indices: Mapping[int, np.ndarray]) -> Tensor:
     data = tensor.detach()
     for dim, index in sorted(indices.items()):
-        if len(index) and (dim >= data.dim() or index[-1] >= data.shape[dim]):
-            raise WidthError(
-                f"{label} has shape {tuple(tensor.shape)}, too small for these groups; "
-                "they were found on another model"
-            )
         data = data.index_select(dim, torch.from_numpy(index).to(data.device))
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(data, requires_grad=tensor.requires_grad)
     return data
 
 
-def set_sizes(module: nn.Module) -> None:
-    """Makes a layer's size attributes follow its tensors, after they were cut."""
+def _copy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
+    """`copy.deepcopy(model, memo)`, an order of magnitude faster on the parts that every module has.
+
+    Modules that say themselves how to be copied (`__deepcopy__`, `__getstate__`) are left to deepcopy.
+    """
+    usual = getattr(nn.Module, "__getstate__", None)
+    plain = {
+        m: m.__new__(type(m))
+        for m in model.modules()
+        if getattr(type(m), "__getstate__", None) is usual and not hasattr(type(m), "__deepcopy__")
+    }
+    memo.update({id(m): shell for m, shell in plain.items()})
+    for module, shell in plain.items():
+        for name, value in vars(module).items():
+            if name != "_compiled_call_impl":  # as in Module.__getstate__
+                shell.__dict__[name] = _copy_attribute(value, memo)
+    return copy.deepcopy(model, memo)
+
+
+def _copy_attribute(value: Any, memo: dict[int, object]) -> Any:
+    if isinstance(value, _ATOMIC) or id(value) in memo:
+        return memo.get(id(value), value)
+    if type(value) in (dict, OrderedDict, set) and not value:
+        return type(value)()
+    if type(value) is dict:
+        return {name: _copy_attribute(part, memo) for name, part in value.items()}
+    if type(value) is nn.Parameter:
+        return memo.setdefault(
+            id(value), nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+        )
+    if type(value) is Tensor and not value.requires_grad:
+        return memo.setdefault(id(value), value.clone())
+    return copy.deepcopy(value, memo)
+
+
+_ATOMIC = (bool, int, float, str, type(None), torch.device, torch.dtype)
+
+
+def set_sizes(module: nn.Module, channels: int) -> None:
+    """Makes a layer's size attributes follow a cut: its weights where it has some, else `channels`."""
     weight: Any = getattr(module, "weight", None)
     if isinstance(module, _ConvNd):
         rows, columns = weight.shape[:2]
@@ -172,14 +208,12 @@ def set_sizes(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, (_BatchNorm, _InstanceNorm)):
-        channels = weight if weight is not None else module.running_mean
-        if channels is not None:
-            module.num_features = len(channels)
+        module.num_features = channels
     elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (*module.normalized_shape[:-1], weight.shape[-1])
+        module.normalized_shape = (channels,)
     elif isinstance(module, nn.GroupNorm):
-        module.num_channels = len(weight)
+        module.num_channels = channels
     elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(weight)
+        module.num_parameters = channels
     elif isinstance(module, nn.Embedding):
-        module.embedding_dim = weight.shape[1]
+        module.embedding_dim = channels

@@ -24,10 +24,10 @@ def freeze_unsafe(
     """Freezes the groups whose cut breaks the model or changes more than the cut channels.
 
     All groups are tried together on a copy; only where that fails are they halved until each culprit
-    stands alone, so a sound model costs two trials whatever its size. The cut copy must give the outputs
-    of the uncut one with the consumers' columns of the dropped channels set to zero: equal whatever lies
-    between, except where a LayerNorm or GroupNorm takes statistics over the channels (there the cut copy
-    must run and give finite outputs of the right shapes).
+    stands alone, so a sound model costs two trials whatever its size. Groups that fail only together are
+    all frozen. The cut copy must give the outputs of the uncut one with the consumers' columns of the
+    dropped channels set to zero: equal whatever lies between, except where a LayerNorm or GroupNorm takes
+    statistics over the channels (there the cut copy must run and give finite outputs of the right shapes).
     """
     trial = _Trial(model, example_inputs)
     reasons: dict[str, str] = {}
@@ -42,6 +42,10 @@ def freeze_unsafe(
         half = len(suspects) // 2
         search(suspects[:half])
         search(suspects[half:])
+        left = [g for g in suspects if g.name not in reasons]
+        reason = trial.run(left) if left else None
+        if reason is not None:  # each half is sound by itself
+            reasons.update({g.name: f"{reason} (cut together with others)" for g in left})
 
     free = [g for g in groups if g.frozen is None]
     search([g for g in free if not _mixes_channels(g)])
@@ -104,8 +108,7 @@ class _Trial:
             for m in g.consumers:
                 weight = self.model.get_submodule(m.layer).get_parameter("weight")
                 mask = axis_mask(m, [(m, kept[g.name], g.size)])
-                if m.per_block:
-                    mask = mask[: m.size // m.blocks]
+                mask = mask[: m.size // m.blocks_of("weight")]
                 saved.append((weight, weight.clone()))
                 dim = dict(m.tensors)["weight"]
                 shape = [-1 if d == dim else 1 for d in range(weight.dim())]
