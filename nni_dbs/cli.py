@@ -22,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if not options.debug:
         warnings.simplefilter("ignore")
+    import torch  # noqa: F401  sets its loggers' levels
+
+    if not options.debug:
         logging.getLogger("torch").setLevel(logging.ERROR)
     from torch_pruning_adapters import UnsupportedModelError, WidthError
 

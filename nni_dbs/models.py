@@ -28,13 +28,15 @@ def build_model(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Mod
     Raises:
         ModelError: No such model, or it cannot be built with these arguments.
     """
+    if not isinstance(name, str):
+        raise ModelError(f"a model is named by a text such as resnet18, not {name!r}")
     build = _callable(name) if ":" in name else _torchvision_builder(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # GoogLeNet and Inception, on their initialisation
             model = build(**(arguments or {}))
     except Exception as error:
-        raise ModelError(f"cannot build {name!r} with {dict(arguments or {})}: {error}") from error
+        raise ModelError(f"cannot build {name!r} with {arguments or {}}: {error}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name!r} returned a {type(model).__name__}, not a torch.nn.Module")
     return model

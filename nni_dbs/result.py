@@ -92,6 +92,8 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ResultError(f"cannot write {path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # a full disk, for one
+        raise ResultError(f"cannot write {path}: {error}") from error
 
 
 def _umask() -> int:
@@ -148,7 +150,33 @@ def load_widths(path: str | Path) -> Widths:
     widths = data.get("widths", data)
     if not isinstance(widths, dict) or not all(type(w) is int for w in widths.values()):
         raise ResultError(f"{path}: expected a mapping from group names to numbers of channels")
-    return Widths(widths)
+    return Widths({str(name): width for name, width in widths.items()})
+
+
+def load_groups(directory: str | Path) -> tuple[ChannelGroup, ...]:
+    """The channel groups that a saved model was shrunk by."""
+    path = Path(directory) / "groups.json"
+    try:
+        return tuple(ChannelGroup.from_dict(g) for g in _read_mapping(path, json.loads)["groups"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(f"{path} is damaged ({error!r})") from error
+
+
+def load_source(directory: str | Path) -> dict[str, Any]:
+    """How to make the full model: what `save_pruned` got as `source`; empty if the run did not say."""
+    chosen = _read_mapping(Path(directory) / "widths.yaml", yaml.safe_load)
+    return {key: value for key, value in chosen.items() if key != "widths"}
+
+
+def load_result(directory: str | Path) -> Result:
+    """Reads `result.json`."""
+    path = Path(directory) / "result.json"
+    try:
+        result = Result(**_read_mapping(path, json.loads))
+        result.widths = Widths(result.widths)
+    except (TypeError, ValueError) as error:
+        raise ResultError(f"{path} is damaged ({error})") from error
+    return result
 
 
 def load_pruned(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -169,12 +197,8 @@ def load_pruned(directory: str | Path, model: nn.Module | None = None) -> nn.Mod
     if not directory.is_dir():
         raise ResultError(f"no directory {directory}; give the output directory of a run")
     chosen = _read_mapping(directory / "widths.yaml", yaml.safe_load)
-    described = _read_mapping(directory / "groups.json", json.loads)
-    try:
-        groups = [ChannelGroup.from_dict(g) for g in described["groups"]]
-        widths = chosen["widths"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultError(f"{directory}: groups.json or widths.yaml is damaged ({error!r})") from error
+    groups = load_groups(directory)
+    widths = load_widths(directory / "widths.yaml")
     if model is None:
         if "model" not in chosen:
             raise ResultError(

@@ -11,6 +11,7 @@ NNI has no registry of pruners: importing the class is the registration.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,16 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nni.compression.base.compressor import Pruner
+from nni.compression.base.compressor import Compressor, Pruner
 from nni.compression.base.config import select_modules_by_config, trans_legacy_config_list
+from nni.compression.base.setting import PruningSetting
 from nni.compression.utils.evaluator import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from tqdm import tqdm
 
-from nni_dbs.cost import Bounds, Budget, FlopsCost, ParamsCost
+from nni_dbs.cost import Bounds, Budget, FlopsCost, Limit, ParamsCost
 from nni_dbs.errors import BudgetError, ConfigError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, repair, score
 from nni_dbs.result import Result, describe_device, save_pruned
@@ -108,6 +108,12 @@ class WidthPruner(Pruner):
         quiet: bool = False,
     ) -> None:
         parsed = None if budget is None else Budget.parse(budget)
+        if _wrappers(model):
+            raise ConfigError(
+                "the model is wrapped by another compressor: call its unwrap_model() first, "
+                f"or {type(self).__name__}.from_compressor to go on from it"
+            )
+        config_list = _in_todays_words(config_list)
         selected = _selected_layers(model, config_list)
         if evaluator is not None:
             repair(evaluator)
@@ -131,6 +137,17 @@ class WidthPruner(Pruner):
         except SchemaError as error:
             raise ConfigError(f"config_list: {' '.join(str(error).split())}") from error
 
+    @classmethod
+    def from_compressor(
+        cls, compressor: Compressor, new_config_list: list[dict], *args: Any, **kwargs: Any
+    ) -> WidthPruner:
+        """Goes on from another compressor, as in NNI; takes the place of an earlier pruner of widths."""
+        pruner = super().from_compressor(compressor, new_config_list, *args, **kwargs)
+        pruner.fused_compressors = [
+            c for c in pruner.fused_compressors if c is pruner or not isinstance(c, WidthPruner)
+        ]
+        return pruner
+
     @property
     def widths(self) -> Widths:
         """The chosen widths, after `compress`."""
@@ -142,6 +159,13 @@ class WidthPruner(Pruner):
         Returns:
             The model, still wrapped and masked, and the masks as `{layer: {"weight": ..., "bias": ...}}`.
         """
+        joined = len(self.fused_compressors) > 1
+        if joined and (self.evaluator is None or max_steps is max_epochs is None):
+            raise ConfigError(
+                "compressors joined by from_compressor train together: give an evaluator, and compress() "
+                "max_steps or max_epochs"
+            )
+        self.result = None
         return super().compress(max_steps, max_epochs)
 
     def export(
@@ -159,7 +183,9 @@ class WidthPruner(Pruner):
         with self._plain_model() as model:
             small = shrink(model, self.space.groups, result.widths, self.order)
         for module in small.modules():
-            module.__dict__.pop("forward", None)  # NNI's unwrap leaves the class's own as an attribute
+            forward = vars(module).get("forward")
+            if getattr(forward, "__func__", None) is type(module).forward:
+                del module.forward  # left by NNI's unwrap
         if directory is not None:
             save_pruned(directory, small, self.space.groups, result.widths, self.order, result, source)
         return small
@@ -177,12 +203,12 @@ class WidthPruner(Pruner):
         """Nothing to patch into the training of other compressors."""
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        self._compress()
+        if self.result is None:  # else this pruner was done before another compressor joined it
+            self._compress()
 
     def _compress(self) -> None:
         started = time.perf_counter()
         flops, params = self.costs["flops"], self.costs["params"]
-        self.result = None
         with self._plain_model() as model:
             self.order = channel_order(model, self.space.groups, self.importance)
             self.evaluations = 0
@@ -211,14 +237,14 @@ class WidthPruner(Pruner):
     @contextmanager
     def _plain_model(self) -> Iterator[nn.Module]:
         """The model without NNI's wrappers, which come back with the same Parameter objects."""
-        wrapped = self._is_wrapped
-        if wrapped:
-            self.unwrap_model()
+        wrappers = _wrappers(self.bound_model)  # of all joined compressors
+        for wrapper in wrappers:
+            wrapper.unwrap()
         try:
             yield self.bound_model
         finally:
-            if wrapped:
-                self.wrap_model()
+            for wrapper in wrappers:
+                wrapper.wrap()
 
     def _masks(self, widths: Widths) -> dict[str, dict[str, Tensor]]:
         """Masks of all rows that compute or normalise dropped channels, over whole groups."""
@@ -260,7 +286,8 @@ class WidthPruner(Pruner):
             for g in self.space.groups
         }
         flops = self.costs["flops"]
-        return Budget.parse({"flops": f"{flops(widths) / flops.full * 100:.12f}%"})
+        share = math.nextafter(flops(widths) / flops.full, math.inf)  # the network itself must fit
+        return Budget((Limit("flops", share, relative=True),))
 
 
 class UniformPruner(WidthPruner):
@@ -283,7 +310,7 @@ class RandomPruner(WidthPruner):
     at equal numbers of evaluations.
 
     Args:
-        candidates: How many networks to draw and score.
+        candidates: How many networks to draw; equal ones are scored once.
         calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
         kwargs: See `WidthPruner`.
     """
@@ -326,26 +353,56 @@ class RandomPruner(WidthPruner):
         return max(scores, key=scores.__getitem__)
 
 
-def _selected_layers(model: nn.Module, config_list: Sequence[dict]) -> dict[str, dict[str, float]]:
-    """Layer name -> its ratios, for the layers that `config_list` selects."""
+def _wrappers(model: nn.Module) -> list[Any]:
+    return [m._nni_wrapper for m in model.modules() if "_nni_wrapper" in m._modules]
+
+
+def _in_todays_words(config_list: Sequence[dict]) -> list[dict]:
+    """The list without NNI's older keys, such as `sparsity`, `exclude` and `op_partial_names`.
+
+    NNI translates a list whose first entry has one of them, into targets, which have no meaning here.
+    """
     if not config_list:
         raise ConfigError("config_list is empty: select layers, such as [{'op_types': ['Conv2d']}]")
+    given = deepcopy(list(config_list))
+    configs = trans_legacy_config_list(given)
+    if configs is given:
+        return given
+    for config in configs:
+        if config.get("target_names") == ["weight", "bias"]:
+            del config["target_names"]
+            config |= config.pop("target_settings")["weight"]
+            del config["granularity"]
+    return configs
+
+
+def _selected_layers(model: nn.Module, config_list: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """Layer name -> its ratios, for the layers that `config_list` selects."""
     selected: dict[str, dict[str, float]] = {}
-    for config in trans_legacy_config_list(deepcopy(list(config_list))):
+    names = dict(model.named_modules())
+    for config in config_list:
         for key in config:
             if key not in KEYS:
                 raise ConfigError(
                     f"config_list: {key!r} has no meaning for whole channel groups"
                     f"{nearest(key, KEYS)}; it takes {', '.join(KEYS)}"
                 )
+        for name in config.get("op_names", ()):
+            if name not in names:
+                raise ConfigError(f"config_list: the model has no layer {name!r}{nearest(name, names)}")
         layers, ratios, _ = select_modules_by_config(model, config)
-        if not layers:
-            raise ConfigError(f"config_list: {config} selects no layer of this model")
         for name, value in ratios.items():
             if not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 raise ConfigError(f"config_list: {name} must lie in [0, 1], not {value!r}")
-        for layer in layers:
+        for layer, module in layers.items():
+            if type(module).__name__ not in PruningSetting.registry:
+                raise ConfigError(
+                    f"config_list: {layer!r} is a {type(module).__name__}, which has no channels to prune; "
+                    "narrow the selection, such as with op_types: [Conv2d]"
+                )
             selected.setdefault(layer, dict(ratios))
+    if not selected:
+        raise ConfigError(f"config_list: {config_list} selects no layer of this model")
     return selected
 
 
@@ -381,13 +438,13 @@ def _others_to_mask(
     NNI masks only wrapped layers, and a BatchNorm turns a masked channel into its bias.
     """
     layers = {
-        m.layer
-        for g in groups
-        if g.frozen is None
-        for m in g.members
-        if m.role == "through" and isinstance(model.get_submodule(m.layer), (_BatchNorm, _ConvNd))
+        m.layer for g in groups if g.frozen is None for m in g.members if m.kind in ("norm", "depthwise")
     }
     names = sorted(layers - set(selected))
+    for name in names:
+        kind = type(model.get_submodule(name)).__name__
+        if kind not in PruningSetting.registry:  # SyncBatchNorm, InstanceNorm2d, a user's own layer
+            PruningSetting.register(kind, PruningSetting.default_setting)
     return [{"op_names": names}] if names else []
 
 
