@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from nni_dbs.files import write
+
 PALE, SOLID, WHOLE = "#c3d9ec", "#0b62a4", "#8a8a8a"
 INK, FAINT, RULE = "#222222", "#666666", "#dddddd"
 TEXT = 8.5
@@ -106,14 +108,8 @@ def plot_cost(
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write `figure` as PNG: beside `path` first, then renamed, so that no reader meets half a picture."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(beside, format="png", dpi=150)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    """Writes `figure` as PNG; see `nni_dbs.files.write`."""
+    write(Path(path), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
 def _check_names(before: Mapping[str, float], after: Mapping[str, float]) -> None:

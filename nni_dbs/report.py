@@ -9,7 +9,8 @@ from pathlib import Path
 from nni_dbs import plot
 from nni_dbs.config import Config
 from nni_dbs.cost import PolynomialCost, readable
-from nni_dbs.result import Result, write
+from nni_dbs.files import write
+from nni_dbs.result import Result
 from torch_pruning_adapters import ChannelGroup
 
 

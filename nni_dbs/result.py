@@ -8,9 +8,7 @@ is written beside its final name and renamed, so a crash never leaves half of on
 from __future__ import annotations
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from nni_dbs.errors import ResultError
+from nni_dbs.files import write
 from nni_dbs.models import build_model
 from nni_dbs.space import Widths
 from torch_pruning_adapters import ChannelGroup, WidthError, prefix_order, shrink
@@ -71,35 +70,6 @@ def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     packages = ("nni-dbs", "torch", "torchvision", "torch-pruning", "fvcore", "nni")
     return {"python": platform.python_version(), **{p: version(p) for p in packages}}
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Writes a file through `save(temporary path)` and renames it into place.
-
-    Raises:
-        ResultError: The directory cannot be made or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            save(temporary)
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ResultError(f"cannot write {path}: {error.strerror or error}") from error
-    except SafetensorError as error:  # a full disk, for one
-        raise ResultError(f"cannot write {path}: {error}") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_pruned(

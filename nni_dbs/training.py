@@ -19,7 +19,7 @@ from tqdm import tqdm
 from nni_dbs.config import Recipe
 from nni_dbs.data import loader
 from nni_dbs.errors import ResultError, TrainingError
-from nni_dbs.result import write
+from nni_dbs.files import write
 
 Batch = tuple[Tensor, Tensor]
 

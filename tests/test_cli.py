@@ -121,6 +121,10 @@ def test_random_search_from_the_shell(config: Path, tmp_path: Path) -> None:
     assert main(["prune", str(config), *overrides, "--out", str(out), "--quiet"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["method"] == "random" and result["evaluations"] == 3
+    logged = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    assert len(logged) == 3 and all(0.98 * found["flops"] < result["flops"] for found in logged)
+    best = max(logged, key=lambda found: found["score"])
+    assert best["widths"] == result["widths"] and best["flops"] == result["flops"]
 
 
 def test_groups_and_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

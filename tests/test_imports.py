@@ -14,7 +14,7 @@ import torch_pruning_adapters
 ROOT = Path(nni_dbs.__file__).parents[1]
 
 LAYERS = (
-    ("errors",),
+    ("errors", "files"),
     ("space", "cost"),
     ("supernet", "sampling", "evaluate"),
     ("algorithms", "predict", "search"),

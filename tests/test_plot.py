@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from nni_dbs import plot
+from nni_dbs.errors import ResultError
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +219,7 @@ def test_save_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError("disk full")
 
     monkeypatch.setattr(figure, "savefig", dies_half_way)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ResultError, match="disk full"):
         plot.save(figure, target)
     assert target.read_bytes() == picture
     assert list(tmp_path.iterdir()) == [target]
@@ -228,6 +229,7 @@ def test_plotting_leaves_pyplot_backend_and_nni_alone(tmp_path: Path) -> None:
     script = f"""
 import sys, matplotlib
 from nni_dbs import plot
+from nni_dbs.errors import ResultError
 plot.save(plot.plot_widths({{"a": 8}}, {{"a": 4}}), {str(tmp_path / "a.png")!r})
 assert matplotlib.get_backend(auto_select=False) is None
 assert not {{"matplotlib.pyplot", "nni"}} & set(sys.modules)

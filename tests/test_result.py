@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nni_dbs.errors import ModelError, ResultError
+from nni_dbs.files import write
 from nni_dbs.result import (
     Result,
     load_groups,
@@ -23,7 +24,6 @@ from nni_dbs.result import (
     load_widths,
     save_pruned,
     save_result,
-    write,
 )
 from nni_dbs.space import Widths, WidthSpace
 from torch_pruning_adapters import channel_order, shrink

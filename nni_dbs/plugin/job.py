@@ -22,6 +22,7 @@ from nni_dbs.cost import FlopsCost
 from nni_dbs.data import DATASETS, Splits, loader
 from nni_dbs.errors import ConfigError, ResultError
 from nni_dbs.evaluate import recalibrate_batchnorm
+from nni_dbs.files import write
 from nni_dbs.models import build_model
 from nni_dbs.plugin.pruner import RandomPruner, UniformPruner, WidthPruner
 from nni_dbs.report import Row, write_pictures, write_report
@@ -32,7 +33,6 @@ from nni_dbs.result import (
     load_source,
     save_pruned,
     save_result,
-    write,
 )
 from nni_dbs.training import accuracy, sgd, training_loop, training_step
 from torch_pruning_adapters.errors import nearest
@@ -139,7 +139,6 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
     rows.append(Row("fine-tuned", test_accuracy=run.test(small)))
 
     result = pruner.result
-    assert result is not None
     source = {
         "model": config.model,
         "arguments": config.arguments,
@@ -231,6 +230,7 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run) -> Wid
             divisor=config.divisor,
             seed=config.seed,
             quiet=run.quiet,
+            log=run.out / "search.jsonl",
             **config.options,
         )
     except TypeError as error:

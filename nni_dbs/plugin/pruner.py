@@ -11,6 +11,7 @@ NNI has no registry of pruners: importing the class is the registration.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 import warnings
@@ -83,6 +84,8 @@ class WidthPruner(Pruner):
         importance: Which channels stay; see `torch_pruning_adapters.importance`.
         seed: Of everything random.
         quiet: No progress bars.
+        log: A file that gets one JSON line for each network that a search evaluates, at once; `compress`
+            begins it anew.
 
     Raises:
         BudgetError: Unreadable or impossible budget.
@@ -106,6 +109,7 @@ class WidthPruner(Pruner):
         importance: Importance = l2_norm,
         seed: int = 0,
         quiet: bool = False,
+        log: str | Path | None = None,
     ) -> None:
         parsed = None if budget is None else Budget.parse(budget)
         if _wrappers(model):
@@ -128,8 +132,9 @@ class WidthPruner(Pruner):
         self.importance = importance
         self.seed = seed
         self.quiet = quiet
+        self.log = None if log is None else Path(log)
         self.order: Order = {}
-        self.result: Result | None = None
+        self._result: Result | None = None
         try:
             super().__init__(
                 model, [*config_list, *_others_to_mask(model, groups, selected)], evaluator, existed_wrappers
@@ -151,7 +156,14 @@ class WidthPruner(Pruner):
     @property
     def widths(self) -> Widths:
         """The chosen widths, after `compress`."""
-        return self._finished().widths
+        return self.result.widths
+
+    @property
+    def result(self) -> Result:
+        """The record of the search, after `compress`."""
+        if self._result is None:
+            raise ConfigError("nothing is chosen yet: call compress() first")
+        return self._result
 
     def compress(self, max_steps: int | None = None, max_epochs: int | None = None) -> tuple[nn.Module, dict]:
         """Chooses the widths and masks the model accordingly.
@@ -165,7 +177,7 @@ class WidthPruner(Pruner):
                 "compressors joined by from_compressor train together: give an evaluator, and compress() "
                 "max_steps or max_epochs"
             )
-        self.result = None
+        self._result = None
         return super().compress(max_steps, max_epochs)
 
     def export(
@@ -179,7 +191,7 @@ class WidthPruner(Pruner):
             directory: Where to save it, for `load_pruned`.
             source: See `save_pruned`.
         """
-        result = self._finished()
+        result = self.result
         with self._plain_model() as model:
             small = shrink(model, self.space.groups, result.widths, self.order)
         for module in small.modules():
@@ -189,6 +201,15 @@ class WidthPruner(Pruner):
         if directory is not None:
             save_pruned(directory, small, self.space.groups, result.widths, self.order, result, source)
         return small
+
+    def _record(self, widths: Widths, score: float) -> None:
+        """Counts an evaluated network and logs it."""
+        self.evaluations += 1
+        if self.log is not None:
+            costs = {kind: cost(widths) for kind, cost in self.costs.items()}
+            line = json.dumps({"score": score, **costs, "widths": dict(widths)})
+            with self.log.open("a") as file:
+                file.write(line + "\n")
 
     def _choose(self, model: nn.Module) -> Widths:
         """The method: widths inside the budget for the plain (unwrapped) model."""
@@ -203,7 +224,7 @@ class WidthPruner(Pruner):
         """Nothing to patch into the training of other compressors."""
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
-        if self.result is None:  # else this pruner was done before another compressor joined it
+        if self._result is None:  # else this pruner was done before another compressor joined it
             self._compress()
 
     def _compress(self) -> None:
@@ -212,9 +233,11 @@ class WidthPruner(Pruner):
         with self._plain_model() as model:
             self.order = channel_order(model, self.space.groups, self.importance)
             self.evaluations = 0
+            if self.log is not None:
+                self.log.unlink(missing_ok=True)
             widths = self._choose(model)
             device = next(model.parameters()).device
-        self.result = Result(
+        self._result = Result(
             method=self.method,
             seed=self.seed,
             budget=str(self.budget),
@@ -228,11 +251,6 @@ class WidthPruner(Pruner):
             device=describe_device(device),
         )
         self.update_masks(self._masks(widths))
-
-    def _finished(self) -> Result:
-        if self.result is None:
-            raise ConfigError("nothing is chosen yet: call compress() first")
-        return self.result
 
     @contextmanager
     def _plain_model(self) -> Iterator[nn.Module]:
@@ -349,7 +367,7 @@ class RandomPruner(WidthPruner):
             if self.calibration_steps:
                 recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
             scores[widths] = score(self.evaluator, small)
-        self.evaluations = len(scores)
+            self._record(widths, scores[widths])
         return max(scores, key=scores.__getitem__)
 
 

@@ -1,0 +1,75 @@
+"""Every speed benchmark runs to its end in a tiny setting and writes the record that it documents."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+COLUMNS = {
+    "cost_speed": {"per_second", "per_second_with_gradient", "prune_and_count_seconds", "ratio"},
+    "surgery_speed": {"params", "given_order_ms", "default_order_ms", "torch_pruning/default", "nni/default"},
+    "grouping_speed": {"unverified_ms", "verified_ms", "torch_pruning_ms", "unverified/torch_pruning"},
+    "budget_hit": {"fvcore_flops", "percent_of_budget", "groups_that_can_grow", "project_seconds"},
+}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The benchmarks set torch to one thread."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit, fvcore and NNI
+@pytest.mark.parametrize("name", COLUMNS)
+def test_quick_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / f"{name}.json"
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--repeats", "1", "--out", str(out)])
+    importlib.import_module(f"examples.benchmarks.{name}").main()
+
+    record = json.loads(out.read_text())
+    assert set(record) == {"command", "cpu", "threads", "versions", "settings", "rows"}
+    assert record["command"].startswith(f"python -m examples.benchmarks.{name} --quick")
+    assert record["threads"] == 1
+    assert record["settings"]["repeats"] == 1
+    assert {"python", "torch", "torch-pruning"} <= set(record["versions"])
+    assert record["rows"]
+    for row in record["rows"]:
+        assert row["model"] == "resnet18"
+        assert set(row) >= COLUMNS[name]
+        assert all(math.isfinite(v) and v >= 0 for v in row.values() if not isinstance(v, str))
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 1 + len(record["rows"])
+    assert table[0].split() == list(record["rows"][0])
+
+
+def test_budget_is_filled_in_a_quick_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "budget_hit.json"
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", ["budget_hit", "--quick", "--repeats", "1", "--out", str(out)])
+    importlib.import_module("examples.benchmarks.budget_hit").main()
+    for row in json.loads(out.read_text())["rows"]:
+        assert 98 <= row["percent_of_budget"] <= 100
+        assert row["groups_that_can_grow"] == 0
+
+
+def test_repeats_must_be_positive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", ["budget_hit", "--repeats", "0"])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("examples.benchmarks.budget_hit").main()
+    assert stopped.value.code == 2
