@@ -46,6 +46,9 @@ NOT_COUNTED = (
 )
 
 
+_CHUNK = 1024  # width vectors whose intermediate results stay in a core's cache
+
+
 class Cost(Protocol):
     """What a budget can bound: `__call__` for one network, `batch` for many."""
 
@@ -120,10 +123,13 @@ class PolynomialCost:
 
         Columns follow `groups`. Widths are not checked: real ones are relaxations.
         """
-        form = self._form.to(widths.device)
-        units = widths.to(torch.float64) / self._steps.to(widths.device)  # (B, G)
-        half = units @ form[:-1, :-1] + 2 * form[:-1, -1]
-        return (half * units).sum(1) + form[-1, -1]
+        form, steps = self._form.to(widths.device), self._steps.to(widths.device)
+        costs = []
+        for part in widths.split(_CHUNK):
+            units = part.to(torch.float64) / steps  # (b, G)
+            half = units @ form[:-1, :-1] + 2 * form[:-1, -1]
+            costs.append((half * units).sum(1) + form[-1, -1])
+        return torch.cat(costs)
 
     def expected(self, mean: Tensor, variance: Tensor) -> Tensor:
         """Expected costs (B,) of independent random widths with mean and variance (B, G).

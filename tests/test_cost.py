@@ -494,6 +494,15 @@ def test_a_limit_may_be_met_exactly(residual: tuple[WidthSpace, dict[str, Any]])
     assert bounds_of(1.0, costs).used({}) == 1
 
 
+def test_limits_are_rounded_down(residual: tuple[WidthSpace, dict[str, Any]]) -> None:
+    _, costs = residual
+    widths = {"stem": 3, "a": 2}
+    spent = costs["flops"](widths)
+    assert bounds_of((spent + 0.9) / costs["flops"].full, costs).fits(widths)
+    assert not bounds_of((spent - 0.1) / costs["flops"].full, costs).fits(widths)
+    assert bounds_of(spent + 0.9, costs).limits[0][2] == spent
+
+
 def test_impossible_budget_tells_the_range(residual: tuple[WidthSpace, dict[str, Any]]) -> None:
     space, costs = residual
     least, most = costs["flops"](space.smallest()), costs["flops"](space.largest())

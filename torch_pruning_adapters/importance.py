@@ -25,12 +25,12 @@ def l1_norm(model: nn.Module, group: ChannelGroup) -> Tensor:
     Use it where a group's producers have comparable scales (Li et al., "Pruning Filters for Efficient
     ConvNets", 2017).
     """
-    return _producer_sum(model, group, torch.abs)
+    return _producer_sum(model, group, 1)
 
 
 def l2_norm(model: nn.Module, group: ChannelGroup) -> Tensor:
     """Euclidean norm of the weights that compute each channel, over the group's producers: (C,)."""
-    return _producer_sum(model, group, torch.square).sqrt()
+    return _producer_sum(model, group, 2).sqrt()
 
 
 def bn_scale(model: nn.Module, group: ChannelGroup) -> Tensor:
@@ -100,15 +100,18 @@ def _expand(positions: np.ndarray, group: ChannelGroup) -> np.ndarray:
     return (positions[:, None] + np.arange(group.step) * period).reshape(-1)
 
 
-def _producer_sum(model: nn.Module, group: ChannelGroup, fn: Callable[[Tensor], Tensor]) -> Tensor:
+def _producer_sum(model: nn.Module, group: ChannelGroup, power: int) -> Tensor:
+    """Sum of |weight|**power over all weights that compute a channel: (C,)."""
     score = torch.zeros(group.size, dtype=torch.float64)
     for member in group.producers:
         weight = model.get_submodule(member.layer).get_parameter("weight").detach()
         dim = dict(member.tensors)["weight"]
         if member.per_block:  # a transposed convolution: each block of rows has its own channels as columns
             weight = weight.unflatten(0, (member.blocks, -1)).transpose(0, 1).flatten(1, 2)
-        per_entry = fn(weight).transpose(0, dim).flatten(1).sum(1)
-        _add_by_channel(score, member, per_entry)
+        rows = weight.transpose(0, dim).flatten(1)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(rows, power, dim=1, dtype=exact)
+        _add_by_channel(score, member, norms.double() ** power)
     return score
 
 

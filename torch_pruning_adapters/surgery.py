@@ -123,9 +123,9 @@ def _indices(groups: Sequence[ChannelGroup], kept: Kept) -> dict[tuple[str, str]
     for (layer, _), parts in shares.items():
         member = parts[0][0]
         mask = axis_mask(member, parts)
+        index = {n: np.flatnonzero(mask[: member.size // n]) for n in {1, member.blocks_of("weight")}}
         for name, dim in member.tensors:
-            index = np.flatnonzero(mask[: member.size // member.blocks_of(name)])
-            indices.setdefault((layer, name), {})[dim] = index
+            indices.setdefault((layer, name), {})[dim] = index[member.blocks_of(name)]
     return indices
 
 
@@ -176,22 +176,25 @@ def _copy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
 
 
 def _copy_attribute(value: Any, memo: dict[int, object]) -> Any:
-    if isinstance(value, _ATOMIC) or id(value) in memo:
-        return memo.get(id(value), value)
-    if type(value) in (dict, OrderedDict, set) and not value:
-        return type(value)()
-    if type(value) is dict:
+    kind = type(value)
+    if kind in _ATOMIC or (kind is tuple and all(type(part) in _ATOMIC for part in value)):
+        return value
+    if kind in (dict, OrderedDict, set) and not value:
+        return kind()
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is dict:
         return {name: _copy_attribute(part, memo) for name, part in value.items()}
-    if type(value) is nn.Parameter:
-        return memo.setdefault(
-            id(value), nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-        )
-    if type(value) is Tensor and not value.requires_grad:
-        return memo.setdefault(id(value), value.clone())
+    if kind is nn.Parameter:
+        memo[id(value)] = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+        return memo[id(value)]
+    if kind is Tensor and not value.requires_grad:
+        memo[id(value)] = value.clone()
+        return memo[id(value)]
     return copy.deepcopy(value, memo)
 
 
-_ATOMIC = (bool, int, float, str, type(None), torch.device, torch.dtype)
+_ATOMIC = {bool, int, float, str, type(None), torch.device, torch.dtype}
 
 
 def set_sizes(module: nn.Module, channels: int) -> None:
