@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -60,9 +60,8 @@ def shrink(
             memo[id(tensor)] = _slice(tensor, indices)
         lengths[layer] = len(next(iter(indices.values())))
     small = _copy(model, memo)
-    copies = dict(small.named_modules())
     for layer, length in lengths.items():
-        set_sizes(copies[layer], length)
+        set_sizes(cast(nn.Module, memo[id(modules[layer])]), length)
     return small
 
 
