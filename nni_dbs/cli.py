@@ -38,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         sys.stderr.close()
+    except Exception as error:
+        if options.debug:
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"nni-dbs: unexpected {text}; --debug shows where", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -163,7 +164,17 @@ def _check(config: Config) -> None:
     for option in config.data:
         if option not in ("name", *known):
             raise ConfigError(f"unknown key {f'data.{option}'!r}{nearest(str(option), known)}")
+    parameters = inspect.signature(DATASETS[name]).parameters.values()
+    for option in (p.name for p in parameters if p.default is inspect.Parameter.empty):
+        if option not in config.data:
+            raise ConfigError(f"the key 'data.{option}' is missing: data set {name!r} needs it")
     for stage in ("train", "finetune"):
         recipe: Recipe = getattr(config, stage)
-        if recipe.epochs < 0 or recipe.batch_size < 1 or recipe.lr <= 0:
+        if recipe.epochs < 0 or recipe.batch_size < 1 or not 0 < recipe.lr < math.inf:
             raise ConfigError(f"{stage}: epochs, batch_size and lr must be positive (epochs may be 0)")
+        if not (0 < recipe.momentum < 1 and 0 <= recipe.label_smoothing < 1 and recipe.weight_decay >= 0):
+            raise ConfigError(
+                f"{stage}: momentum must lie in (0, 1), label_smoothing in [0, 1), weight_decay not below 0"
+            )
+    if config.workers < 0 or config.seed < 0:
+        raise ConfigError("workers and seed must not be negative")

@@ -176,6 +176,10 @@ def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("device=gpu", "expected auto, cpu or cuda"),
         ("train.lr=1e9", "lower train.lr"),
         ("train.epochs=two", "train.epochs: expected int"),
+        ("train.momentum=0", "momentum must lie in (0, 1)"),
+        ("workers=-1", "must not be negative"),
+        ("data={name: cifar10}", "'data.root' is missing"),
+        ("arguments.num_classes=3", "set arguments.num_classes=10"),
     ],
 )
 def test_mistakes_in_the_configuration(
@@ -183,6 +187,19 @@ def test_mistakes_in_the_configuration(
 ) -> None:
     command = ["prune", str(config), "train.epochs=1", override, "--out", str(tmp_path / "out"), "--quiet"]
     assert message in _fails(command, capsys)
+
+
+def test_a_mistake_costs_no_training_and_the_same_directory_takes_the_next_try(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prune = ["prune", str(config), "train.epochs=1", "finetune.epochs=0", "--out", str(out), "--quiet"]
+    for mistake in ("budget=1K", "options.candidates=3", "config_list=[{op_types: [Conv3d]}]"):
+        _fails([*prune, mistake], capsys)
+        assert not (out / "checkpoint").exists()
+    _fails([*prune, "train.lr=1e9"], capsys)
+    assert main(prune) == 0
+    assert main([*prune, "budget=0.4", "--resume"]) == 2  # a finished run is not overwritten
 
 
 def test_mistakes_with_files(

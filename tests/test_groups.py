@@ -517,3 +517,33 @@ def test_shape_inference_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graph, "MAX_LOOKUPS", 20)
     with pytest.raises(UnsupportedModelError, match="does not end on this model"):
         find_channel_groups(zoo("squeezenet1_1"), torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.timeout(60)
+def test_channels_that_run_in_a_circle_are_refused() -> None:
+    conv = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    try:
+        groups = find_channel_groups(net, torch.zeros(1, 3, 16, 16))
+    except UnsupportedModelError as error:
+        assert "circle" in str(error) or "mix" in str(error)
+    else:
+        assert all(g.frozen for g in groups if any(m.layer == "1" for m in g.members))
+
+
+def test_a_model_that_keeps_an_activation_is_refused_by_name() -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = self.a(x)
+            return self.b(self.kept)
+
+    with pytest.raises(UnsupportedModelError, match="keep a tensor of its last forward pass"):
+        find_channel_groups(Keeps(), torch.zeros(1, 3, 16, 16))
+
+
+def test_a_model_without_layers_has_no_groups() -> None:
+    assert find_channel_groups(nn.ReLU(), torch.zeros(1, 3, 8, 8)) == ()

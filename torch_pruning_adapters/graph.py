@@ -36,6 +36,8 @@ from torch_pruning_adapters.group import Role
 # DenseNet-201, the largest of torchvision's supported models in this respect, needs 1.4e5 look-ups.
 MAX_LOOKUPS = 3_000_000
 MAX_TIES = 32
+MAX_VISITS = 20  # of a node in one walk, on average
+MAX_SPREAD = 256  # entries of a flattened axis for each channel of the widest layer
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -127,6 +129,8 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Traced:
     Raises:
         UnsupportedModelError: The graph cannot be built, or only wrongly; the message names the cause.
     """
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("the model went through torch.compile: give the one from before it")
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
             raise UnsupportedModelError(
@@ -159,6 +163,7 @@ class _BoundedGraph(tp.DependencyGraph):
     def __init__(self) -> None:
         super().__init__()
         self.lookups = 0
+        self.widest = 0  # longest channel axis of the model
         self.inputs: list[Tensor] = []
         self.outputs: list[Any] = []  # grad_fn of each output
         self.owners: set[nn.Module] = set()  # modules with parameters of their own
@@ -214,6 +219,7 @@ class _BoundedGraph(tp.DependencyGraph):
         self._owned = {
             id(p) for m in self.model.modules() if isinstance(m, _LAYERS) for p in m.parameters(recurse=False)
         }
+        self.widest = max((n for p in self.model.parameters() for n in p.shape[:2]), default=0)
         self._owner = {p: (m, n) for m in self.model.modules() for n, p in m.named_parameters(recurse=False)}
         self.owners = {m for m, _ in self._owner.values()}
         return {}, []
@@ -382,8 +388,14 @@ def _walk(graph: _BoundedGraph, root: Node, size: int) -> dict[tuple[Node, bool]
     start = graph.get_pruner_of_module(root.module).prune_out_channels
     found: dict[tuple[Node, bool], np.ndarray] = {(root, True): everything}
     stack = [(root, start, everything)]
+    steps = 0
     while stack:
         node, pruning_fn, pairs = stack.pop()
+        steps += 1
+        if steps > MAX_VISITS * len(graph.module2node) or pairs[:, 0].max() >= MAX_SPREAD * graph.widest:
+            raise UnsupportedModelError(
+                f"the channels of {root._name!r} run in a circle through reshapes, which is not followed"
+            )
         for dep in node.dependencies:
             if not dep.is_triggered_by(pruning_fn):
                 continue

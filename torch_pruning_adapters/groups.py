@@ -63,6 +63,8 @@ def _ignored_layers(model: nn.Module, ignore: Iterable[str]) -> set[str]:
 def _read_groups(traced: Traced, model: nn.Module) -> list[ChannelGroup]:
     """Splits the traced axes into groups: connected channels that lie on the same set of axes."""
     axes = traced.axes
+    if not axes:
+        return []
     label, offset = _components(axes)
     axis_of = np.repeat(np.arange(len(axes)), [a.size for a in axes])
 

@@ -75,6 +75,8 @@ def check_widths(groups: Iterable[ChannelGroup], widths: Mapping[str, int]) -> N
                 "the widths were made for another model"
             )
         g = by_name[name]
+        if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
+            raise WidthError(f"group {name!r} cannot have {width!r} channels, only a whole number")
         if width == g.size:
             continue
         if g.frozen is not None:

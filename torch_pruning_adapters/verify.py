@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.graph import Inputs, call, tensors_in
 from torch_pruning_adapters.group import ChannelGroup
 from torch_pruning_adapters.importance import Order
@@ -61,7 +62,12 @@ class _Trial:
     """A copy of the model, with constant tensors (fresh norms, zero-initialised layers) made random."""
 
     def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
-        self.model = copy.deepcopy(model).eval()
+        try:
+            self.model = copy.deepcopy(model).eval()
+        except (RuntimeError, TypeError) as error:
+            raise UnsupportedModelError(
+                f"the model cannot be copied ({error}); does a module keep a tensor of its last forward pass?"
+            ) from error
         self.example_inputs = example_inputs
         generator = torch.Generator().manual_seed(0)
         self.rng = np.random.default_rng(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.benchmark import Timer
 
-from nni_dbs.config import Config, Recipe
+from nni_dbs.config import Config, Recipe, load_config
 from nni_dbs.cost import FlopsCost
 from nni_dbs.data import DATASETS, Splits, loader
 from nni_dbs.errors import ConfigError, ResultError
@@ -114,16 +116,18 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         ResultError: `out` holds another run and `resume` is not set, or the reloaded model differs.
     """
     pruner_class = method(config.method)
-    if not resume and (out / "config.yaml").exists():
+    if not resume and ((out / "checkpoint").exists() or (out / "result.json").exists()):
         raise ResultError(f"{out} holds a run already; continue it with --resume or choose another --out")
     if resume:
         _check_same_run(config, out)
-    write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
-
     device = resolve_device(config.device)
     run = _Run(config, out, load_splits(config), device, quiet, {})
     torch.manual_seed(config.seed)
     model = build_model(config.model, config.arguments).to(device)
+    with run.stage("check"):  # before the training, what could not be pruned after it
+        _check_outputs(model, run)
+        _pruner(pruner_class, copy.deepcopy(model), run)
+    write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
     with run.stage("train"):
         run.train(model, config.train, "train")
     rows = [Row("full", test_accuracy=run.test(model))]
@@ -169,6 +173,8 @@ def replot(out: Path) -> list[Path]:
     """Draws the pictures of a finished run again, from its files."""
     result, groups = load_result(out), load_groups(out)
     source = load_source(out)
+    if "model" not in source or "input" not in source:
+        raise ResultError(f"{out} does not say which model it holds; plot takes the directory of a run")
     model = build_model(source["model"], source["arguments"])
     example = torch.zeros(1, *source["input"])
     return write_pictures(out, result, groups, FlopsCost(model, example, groups))
@@ -237,9 +243,34 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run) -> Wid
         raise ConfigError(f"options of method {config.method!r}: {error}") from error
 
 
+def _check_outputs(model: nn.Module, run: _Run) -> None:
+    """Runs the model once and compares its outputs with the number of classes."""
+    mode = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(run.example())
+    except Exception as error:
+        raise ConfigError(
+            f"the model does not run on images of {'x'.join(map(str, run.splits.input_shape))}: {error}"
+        ) from error
+    model.train(mode)
+    if not isinstance(logits, Tensor) or logits.shape != (1, run.splits.num_classes):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"the data has {run.splits.num_classes} classes, the model's output is {found}; "
+            f"set arguments.num_classes={run.splits.num_classes}"
+        )
+
+
 def _check_same_run(config: Config, out: Path) -> None:
     path = out / "config.yaml"
-    if path.exists() and path.read_text() != config.to_yaml():
+    if not path.exists():
+        return
+    before = load_config(path)
+    decisive = ["model", "arguments", "data", "seed", "train"]
+    if (out / "checkpoint" / "finetune.safetensors").exists() or (out / "result.json").exists():
+        decisive = [field.name for field in dataclasses.fields(Config)]
+    if any(getattr(before, name) != getattr(config, name) for name in decisive):
         raise ResultError(
             f"{out} holds a run with another configuration; resume that one or choose another --out"
         )

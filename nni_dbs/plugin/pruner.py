@@ -46,7 +46,7 @@ from torch_pruning_adapters import (
     shrink,
 )
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.graph import Inputs, map_tensors
+from torch_pruning_adapters.graph import Inputs, map_tensors, tensors_in
 from torch_pruning_adapters.importance import Importance, Order
 from torch_pruning_adapters.surgery import axis_mask
 
@@ -300,8 +300,9 @@ class WidthPruner(Pruner):
             )
         kept = {name: 1 - min(r) if r else 1.0 for name, r in ratios.items()}
         widths = {
-            g.name: min(self.space.choices(g.name), key=lambda w: abs(w - kept.get(g.name, 1.0) * g.size))
+            g.name: max(round(kept.get(g.name, 1.0) * g.size / g.step), 1) * g.step
             for g in self.space.groups
+            if g.frozen is None
         }
         flops = self.costs["flops"]
         share = math.nextafter(flops(widths) / flops.full, math.inf)  # the network itself must fit
@@ -310,6 +311,9 @@ class WidthPruner(Pruner):
 
 class UniformPruner(WidthPruner):
     """Every group keeps the same share of its channels, as large as the budget allows.
+
+    The same up to rounding: widths are multiples of `divisor`, and what rounding leaves of the budget goes to
+    the groups furthest below their share. `divisor=1` is the purest form.
 
     The baseline to beat, and the method of choice where there is no time to search. Needs no evaluator.
     """
@@ -348,6 +352,8 @@ class RandomPruner(WidthPruner):
     ) -> None:
         if candidates < 1:
             raise ConfigError(f"candidates must be at least 1, not {candidates}")
+        if calibration_steps < 0:
+            raise ConfigError(f"calibration_steps must not be negative, not {calibration_steps}")
         super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
         self.candidates = candidates
         self.calibration_steps = calibration_steps
@@ -482,6 +488,11 @@ def _one_sample(
                 "or dummy_input to the evaluator"
             )
         warnings.warn("no example_inputs and no dummy_input: guessing one image of 3x224x224", stacklevel=4)
-        inputs = torch.zeros(1, 3, 224, 224)
+        inputs = torch.zeros(1, 3, 224, 224, dtype=next(model.parameters()).dtype)
     device = next(model.parameters()).device
-    return map_tensors(inputs, lambda t: t[:1].to(device) if t.dim() else t.to(device))
+    batch = next((len(t) for t in tensors_in(inputs) if t.dim()), 0)
+
+    def first(t: Tensor) -> Tensor:
+        return (t[:1] if t.dim() and len(t) == batch else t).to(device)
+
+    return map_tensors(inputs, first)
