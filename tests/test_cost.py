@@ -23,7 +23,13 @@ from examples.cifar_resnet import CifarResNet, resnet20, resnet32, resnet56, res
 from nni_dbs import Budget, FlopsCost, ParamsCost, WidthSpace
 from nni_dbs.cost import Bounds, Limit, count_flops, readable
 from nni_dbs.errors import BudgetError
-from torch_pruning_adapters import UnsupportedModelError, WidthError, find_channel_groups, shrink
+from torch_pruning_adapters import (
+    ChannelGroup,
+    UnsupportedModelError,
+    WidthError,
+    find_channel_groups,
+    shrink,
+)
 
 ZOO = ("resnet18", "mobilenet_v2", "efficientnet_b0", "densenet121", "regnet_y_400mf", "googlenet")
 
@@ -43,29 +49,30 @@ def multiply_adds(model: nn.Module, x: Tensor) -> int:
 # --- exactness ---------------------------------------------------------------------------------------
 
 
+def assert_exact(model: nn.Module, x: torch.Tensor, groups: tuple[ChannelGroup, ...], seeds: int) -> None:
+    """FLOPs and parameters at random widths equal two counters' on the cut model."""
+    flops, params = FlopsCost(model, x, groups), ParamsCost(model, groups)
+    for seed in range(seeds):
+        widths = random_widths(groups, seed)
+        small = shrink(model, groups, widths)
+        assert flops(widths) == count_flops(small, x) == multiply_adds(small, x)
+        assert params(widths) == count_parameters(small)
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_costs_of_cut_networks(case: Case) -> None:
     model, x = case.build()
     groups = find_channel_groups(model, x, verify=False)
     flops, params = FlopsCost(model, x, groups), ParamsCost(model, groups)
     assert (flops.full, params.full) == (count_flops(model, x), count_parameters(model))
-    for seed in range(4):
-        widths = random_widths(groups, seed)
-        small = shrink(model, groups, widths)
-        assert flops(widths) == count_flops(small, x) == multiply_adds(small, x)
-        assert params(widths) == count_parameters(small)
+    assert_exact(model, x, groups, seeds=4)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_costs_of_cut_torchvision_networks(name: str) -> None:
     model, x = zoo(name), torch.randn(1, 3, 64, 64)
     groups = find_channel_groups(model, x, verify=False)
-    flops, params = FlopsCost(model, x, groups), ParamsCost(model, groups)
-    for seed in range(2):
-        widths = random_widths(groups, seed)
-        small = shrink(model, groups, widths)
-        assert flops(widths) == count_flops(small, x) == multiply_adds(small, x)
-        assert params(widths) == count_parameters(small)
+    assert_exact(model, x, groups, seeds=2)
 
 
 @pytest.mark.parametrize("name", ZOO)

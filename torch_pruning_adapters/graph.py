@@ -168,7 +168,6 @@ class _BoundedGraph(tp.DependencyGraph):
         self.outputs: list[Any] = []  # grad_fn of each output
         self.owners: set[nn.Module] = set()  # modules with parameters of their own
         self.called: set[nn.Module] = set()  # those of them that the forward pass called
-        self.leaves: dict[Node, list[nn.Parameter]] = {}
         self.blocked: dict[Node, str] = {}
 
     def run(self, model: nn.Module, example_inputs: Inputs) -> list[Tensor]:
@@ -314,8 +313,8 @@ def _walk_all(graph: _BoundedGraph) -> Traced:
     """Walks the graph from every producer whose channels no earlier walk has reached completely."""
     nodes: dict[Any, Node] = graph.module2node
     names = {m: n for n, m in graph.model.named_modules()}
-    ends = {node for node in nodes.values() if node.type == tp.ops.OPTYPE.OUTPUT}
-    ends |= {node for node in nodes.values() if node.grad_fn in set(graph.outputs)}
+    outputs = set(graph.outputs)
+    ends = {n for n in nodes.values() if n.type == tp.ops.OPTYPE.OUTPUT or n.grad_fn in outputs}
 
     axes: list[Axis] = []
     position: dict[tuple[Node, bool], int] = {}

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from torch_pruning_adapters.errors import UnsupportedModelError, nearest
+from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Axis, Inputs, Traced, is_depthwise, trace
 from torch_pruning_adapters.group import ChannelGroup, Member, spans_of
 from torch_pruning_adapters.verify import freeze_unsafe
@@ -225,6 +225,3 @@ def _with_names(groups: list[ChannelGroup]) -> list[ChannelGroup]:
             g = dataclasses.replace(g, name=f"{g.name}[{start}:{start + g.size}]")
         named.append(g)
     return named
-
-
-__all__ = ["UnsupportedModelError", "find_channel_groups"]

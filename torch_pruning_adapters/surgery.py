@@ -99,15 +99,28 @@ def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], ord
     return kept
 
 
-def axis_mask(member: Member, groups_and_kept: Iterable[tuple[Member, np.ndarray, int]]) -> np.ndarray:
+Share = tuple[Member, np.ndarray, int]
+"""A group's share in a layer's axis: its member there, its kept channels and its number of channels."""
+
+
+def axis_shares(groups: Iterable[ChannelGroup], kept: Kept) -> dict[tuple[str, str], list[Share]]:
+    """The shares of all groups in each layer's axis: (layer, role) -> shares."""
+    shares: dict[tuple[str, str], list[Share]] = {}
+    for g in groups:
+        for m in g.members:
+            shares.setdefault((m.layer, m.role), []).append((m, kept[g.name], g.size))
+    return shares
+
+
+def axis_mask(member: Member, shares: Iterable[Share]) -> np.ndarray:
     """Which entries of a layer's axis stay (member.size,), from all groups that share the axis.
 
     Args:
         member: Any of the axis' members.
-        groups_and_kept: For each group on the axis its member, kept channels and number of channels.
+        shares: Of every group on the axis.
     """
     mask = np.ones(member.size, dtype=bool)
-    for part, kept, size in groups_and_kept:
+    for part, kept, size in shares:
         keep = np.zeros(size, dtype=bool)
         keep[kept] = True
         part.apply(keep, mask)
@@ -116,12 +129,8 @@ def axis_mask(member: Member, groups_and_kept: Iterable[tuple[Member, np.ndarray
 
 def _indices(groups: Sequence[ChannelGroup], kept: Kept) -> dict[tuple[str, str], dict[int, np.ndarray]]:
     """For each tensor (layer, name) to cut: dimension -> kept indices, over all groups at once."""
-    shares: dict[tuple[str, str], list[tuple[Member, np.ndarray, int]]] = {}
-    for g in groups:
-        for m in g.members:
-            shares.setdefault((m.layer, m.role), []).append((m, kept[g.name], g.size))
     indices: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for (layer, _), parts in shares.items():
+    for (layer, _), parts in axis_shares(groups, kept).items():
         member = parts[0][0]
         mask = axis_mask(member, parts)
         index = {n: np.flatnonzero(mask[: member.size // n]) for n in {1, member.blocks_of("weight")}}

@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
+from examples.benchmarks.grouping_speed import torch_pruning_pruner
 from examples.benchmarks.measure import (
     Row,
     arguments,
@@ -52,17 +52,7 @@ def count_parameters(model: nn.Module) -> int:
 def prune_with_torch_pruning(model: nn.Module, image: Tensor) -> nn.Module:
     """Copies, builds the pruner and prunes half of the channels."""
     small = copy.deepcopy(model)
-    classifier = [m for m in small.modules() if isinstance(m, nn.Linear)][-1]
-    pruner = tp.pruner.MagnitudePruner(
-        small,
-        image,
-        importance=tp.importance.MagnitudeImportance(p=2),
-        pruning_ratio=0.5,
-        ignored_layers=[classifier],
-        in_channel_groups={},  # the defaults are shared by all pruners of a process
-        out_channel_groups={},
-    )
-    pruner.step()
+    torch_pruning_pruner(small, image).step()
     return small
 
 

@@ -48,7 +48,7 @@ from torch_pruning_adapters import (
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Inputs, map_tensors, tensors_in
 from torch_pruning_adapters.importance import Importance, Order
-from torch_pruning_adapters.surgery import axis_mask
+from torch_pruning_adapters.surgery import axis_mask, axis_shares
 
 SELECTING_KEYS = (
     "op_types",
@@ -267,13 +267,10 @@ class WidthPruner(Pruner):
     def _masks(self, widths: Widths) -> dict[str, dict[str, Tensor]]:
         """Masks of all rows that compute or normalise dropped channels, over whole groups."""
         kept = kept_channels(self.space.groups, widths, self.order)
-        shares: dict[str, list] = {}
-        for g in self.space.groups:
-            for m in g.members:
-                if m.role != "consumer" and m.layer in self._module_wrappers:
-                    shares.setdefault(m.layer, []).append((m, kept[g.name], g.size))
         masks: dict[str, dict[str, Tensor]] = {}
-        for layer, parts in shares.items():
+        for (layer, role), parts in axis_shares(self.space.groups, kept).items():
+            if role == "consumer" or layer not in self._module_wrappers:
+                continue
             rows = torch.from_numpy(axis_mask(parts[0][0], parts))
             spaces = self._module_wrappers[layer].pruning_target_spaces
             for name, dim in parts[0][0].tensors:
@@ -287,22 +284,18 @@ class WidthPruner(Pruner):
 
     def _budget_of_sparse_ratio(self, selected: Mapping[str, dict]) -> Budget:
         """The FLOPs of the network whose groups keep 1 - sparse_ratio of their channels."""
-        ratios = {
-            g.name: [
-                selected[p.layer]["sparse_ratio"] for p in g.producers if "sparse_ratio" in selected[p.layer]
-            ]
-            for g in self.space.groups
-            if g.frozen is None
-        }
-        if not any(ratios.values()):
+        free = [g for g in self.space.groups if g.frozen is None]
+        ratios = [
+            [selected[p.layer]["sparse_ratio"] for p in g.producers if "sparse_ratio" in selected[p.layer]]
+            for g in free
+        ]
+        if not any(ratios):
             raise BudgetError(
                 "no budget: give budget= (such as 0.5 or '300M'), or sparse_ratio in config_list"
             )
-        kept = {name: 1 - min(r) if r else 1.0 for name, r in ratios.items()}
         widths = {
-            g.name: max(round(kept.get(g.name, 1.0) * g.size / g.step), 1) * g.step
-            for g in self.space.groups
-            if g.frozen is None
+            g.name: max(round((1 - min(r, default=0.0)) * g.size / g.step), 1) * g.step
+            for g, r in zip(free, ratios, strict=True)
         }
         flops = self.costs["flops"]
         share = math.nextafter(flops(widths) / flops.full, math.inf)  # the network itself must fit
