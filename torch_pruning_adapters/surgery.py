@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torch_pruning_adapters.errors import WidthError, nearest
+from torch_pruning_adapters.graph import is_depthwise
 from torch_pruning_adapters.group import ChannelGroup, Member
 from torch_pruning_adapters.importance import Order, channel_order, check_order
 
@@ -47,21 +49,24 @@ def shrink(
     check_widths(groups, widths)
     narrowed = [g for g in groups if widths.get(g.name, g.size) < g.size]
     modules = dict(model.named_modules())
-    _check_model(modules, narrowed)
+    check_model(modules, narrowed)
     if order is None:
         order = channel_order(model, narrowed)
     kept = kept_channels(narrowed, widths, order)
 
     memo: dict[int, object] = {}
     lengths: dict[str, int] = {}
-    for (layer, name), indices in _indices(narrowed, kept).items():
-        tensor = getattr(modules[layer], name, None)
-        if tensor is not None:
-            memo[id(tensor)] = _slice(tensor, indices)
-        lengths[layer] = len(next(iter(indices.values())))
+    for layer, tensors in kept_entries(layer_axes(narrowed), kept).items():
+        for name, entries in tensors.items():
+            tensor = getattr(modules[layer], name, None)
+            if tensor is not None:
+                memo[id(tensor)] = _slice(tensor, entries)
+            lengths[layer] = len(next(iter(entries.values())))
     small = _copy(model, memo)
     for layer, length in lengths.items():
-        set_sizes(cast(nn.Module, memo[id(modules[layer])]), length)
+        module = cast(nn.Module, memo[id(modules[layer])])
+        weight = getattr(module, "weight", None)
+        vars(module).update(cut_sizes(module, None if weight is None else weight.shape, length))
     return small
 
 
@@ -99,47 +104,65 @@ def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], ord
     return kept
 
 
-Share = tuple[Member, np.ndarray, int]
-"""A group's share in a layer's axis: its member there, its kept channels and its number of channels."""
+@dataclass(frozen=True)
+class LayerAxis:
+    """One axis of a layer, and the groups whose channels lie on it.
+
+    Attributes:
+        member: Any of the axis' members.
+        groups: Names and sizes of the groups on the axis.
+        channels: (member.size,) the channel behind each entry, counted through `groups` one after another;
+            the sum of their sizes stands for an entry of no group, which always stays.
+    """
+
+    member: Member
+    groups: tuple[tuple[str, int], ...]
+    channels: np.ndarray
+
+    def mask(self, kept: Kept) -> np.ndarray:
+        """Which entries stay (member.size,)."""
+        total = sum(size for _, size in self.groups)
+        keep = np.zeros(total + 1, dtype=bool)
+        keep[total] = True
+        offset = 0
+        for name, size in self.groups:
+            keep[offset + kept[name]] = True
+            offset += size
+        return keep[self.channels]
 
 
-def axis_shares(groups: Iterable[ChannelGroup], kept: Kept) -> dict[tuple[str, str], list[Share]]:
-    """The shares of all groups in each layer's axis: (layer, role) -> shares."""
-    shares: dict[tuple[str, str], list[Share]] = {}
+def layer_axes(groups: Iterable[ChannelGroup]) -> dict[tuple[str, str], LayerAxis]:
+    """Every axis that the groups touch: (layer, role) -> axis."""
+    shares: dict[tuple[str, str], list[tuple[Member, ChannelGroup]]] = {}
     for g in groups:
         for m in g.members:
-            shares.setdefault((m.layer, m.role), []).append((m, kept[g.name], g.size))
-    return shares
-
-
-def axis_mask(member: Member, shares: Iterable[Share]) -> np.ndarray:
-    """Which entries of a layer's axis stay (member.size,), from all groups that share the axis.
-
-    Args:
-        member: Any of the axis' members.
-        shares: Of every group on the axis.
-    """
-    mask = np.ones(member.size, dtype=bool)
-    for part, kept, size in shares:
-        keep = np.zeros(size, dtype=bool)
-        keep[kept] = True
-        part.apply(keep, mask)
-    return mask
-
-
-def _indices(groups: Sequence[ChannelGroup], kept: Kept) -> dict[tuple[str, str], dict[int, np.ndarray]]:
-    """For each tensor (layer, name) to cut: dimension -> kept indices, over all groups at once."""
-    indices: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for (layer, _), parts in axis_shares(groups, kept).items():
+            shares.setdefault((m.layer, m.role), []).append((m, g))
+    axes = {}
+    for key, parts in shares.items():
         member = parts[0][0]
-        mask = axis_mask(member, parts)
+        sizes = {g.name: g.size for _, g in parts}
+        offset = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+        channels = np.full(member.size, sum(sizes.values()))
+        for part, g in parts:
+            part.apply(offset[g.name] + np.arange(g.size), channels)
+        axes[key] = LayerAxis(member, tuple(sizes.items()), channels)
+    return axes
+
+
+def kept_entries(
+    axes: Mapping[tuple[str, str], LayerAxis], kept: Kept
+) -> dict[str, dict[str, dict[int, np.ndarray]]]:
+    """What stays of each tensor: layer -> tensor -> dimension -> kept entries, ascending."""
+    layers: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+    for (layer, _), axis in axes.items():
+        member, mask = axis.member, axis.mask(kept)
         index = {n: np.flatnonzero(mask[: member.size // n]) for n in {1, member.blocks_of("weight")}}
         for name, dim in member.tensors:
-            indices.setdefault((layer, name), {})[dim] = index[member.blocks_of(name)]
-    return indices
+            layers.setdefault(layer, {}).setdefault(name, {})[dim] = index[member.blocks_of(name)]
+    return layers
 
 
-def _check_model(modules: Mapping[str, nn.Module], groups: Iterable[ChannelGroup]) -> None:
+def check_model(modules: Mapping[str, nn.Module], groups: Iterable[ChannelGroup]) -> None:
     """Raises `WidthError` unless the model has the layers of the groups, in the sizes that they had."""
     for m in (m for g in groups for m in g.members):
         if m.layer not in modules:
@@ -207,26 +230,31 @@ def _copy_attribute(value: Any, memo: dict[int, object]) -> Any:
 _ATOMIC = {bool, int, float, str, type(None), torch.device, torch.dtype}
 
 
-def set_sizes(module: nn.Module, channels: int) -> None:
-    """Makes a layer's size attributes follow a cut: its weights where it has some, else `channels`."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, _ConvNd):
-        rows, columns = weight.shape[:2]
-        if module.groups == module.out_channels == module.in_channels > 1:
-            module.groups = module.in_channels = module.out_channels = rows
-        elif module.transposed:
-            module.in_channels, module.out_channels = rows, columns * module.groups
-        else:
-            module.out_channels, module.in_channels = rows, columns * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
-        module.num_features = channels
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (channels,)
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = channels
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = channels
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = channels
+def cut_sizes(module: nn.Module, weight: Sequence[int] | None, channels: int) -> dict[str, Any]:
+    """The size attributes that a layer must have after a cut.
+
+    Args:
+        module: The layer, before or after the cut.
+        weight: Shape of its cut weight; None for a layer without one.
+        channels: Length of its cut axis.
+    """
+    if isinstance(module, _ConvNd) and weight is not None:
+        rows, columns = weight[:2]
+        if is_depthwise(module):
+            return {"groups": rows, "in_channels": rows, "out_channels": rows}
+        if module.transposed:
+            return {"in_channels": rows, "out_channels": columns * module.groups}
+        return {"out_channels": rows, "in_channels": columns * module.groups}
+    if isinstance(module, nn.Linear) and weight is not None:
+        return {"out_features": weight[0], "in_features": weight[1]}
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return {"num_features": channels}
+    if isinstance(module, nn.LayerNorm):
+        return {"normalized_shape": (channels,)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": channels}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": channels}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": channels}
+    return {}

@@ -14,7 +14,7 @@ from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.graph import Inputs, call, tensors_in
 from torch_pruning_adapters.group import ChannelGroup
 from torch_pruning_adapters.importance import Order
-from torch_pruning_adapters.surgery import axis_mask, kept_channels, shrink
+from torch_pruning_adapters.surgery import kept_channels, layer_axes, shrink
 
 TOLERANCE = 1e-3  # relative; rounding stays below 1e-4, a wrong index changes outputs by tenths
 
@@ -110,15 +110,15 @@ class _Trial:
         """Outputs of the uncut copy whose consumers do not read the dropped channels."""
         kept = kept_channels(groups, widths, order)
         saved: list[tuple[Tensor, Tensor]] = []
-        for g in groups:
-            for m in g.consumers:
-                weight = self.model.get_submodule(m.layer).get_parameter("weight")
-                mask = axis_mask(m, [(m, kept[g.name], g.size)])
-                mask = mask[: m.size // m.blocks_of("weight")]
-                saved.append((weight, weight.clone()))
-                dim = dict(m.tensors)["weight"]
-                shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-                weight.mul_(torch.from_numpy(mask).to(weight).reshape(shape))
+        for (layer, role), axis in layer_axes(groups).items():
+            if role != "consumer":
+                continue
+            weight = self.model.get_submodule(layer).get_parameter("weight")
+            saved.append((weight, weight.clone()))
+            mask = axis.mask(kept)[: axis.member.size // axis.member.blocks_of("weight")]
+            dim = dict(axis.member.tensors)["weight"]
+            shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+            weight.mul_(torch.from_numpy(mask).to(weight).reshape(shape))
         try:
             return tensors_in(call(self.model, self.example_inputs))
         finally:

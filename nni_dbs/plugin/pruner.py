@@ -48,7 +48,7 @@ from torch_pruning_adapters import (
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Inputs, map_tensors, tensors_in
 from torch_pruning_adapters.importance import Importance, Order
-from torch_pruning_adapters.surgery import axis_mask, axis_shares
+from torch_pruning_adapters.surgery import layer_axes
 
 SELECTING_KEYS = (
     "op_types",
@@ -268,12 +268,12 @@ class WidthPruner(Pruner):
         """Masks of all rows that compute or normalise dropped channels, over whole groups."""
         kept = kept_channels(self.space.groups, widths, self.order)
         masks: dict[str, dict[str, Tensor]] = {}
-        for (layer, role), parts in axis_shares(self.space.groups, kept).items():
+        for (layer, role), axis in layer_axes(self.space.groups).items():
             if role == "consumer" or layer not in self._module_wrappers:
                 continue
-            rows = torch.from_numpy(axis_mask(parts[0][0], parts))
+            rows = torch.from_numpy(axis.mask(kept))
             spaces = self._module_wrappers[layer].pruning_target_spaces
-            for name, dim in parts[0][0].tensors:
+            for name, dim in axis.member.tensors:
                 if name in spaces and spaces[name].target is not None:
                     target = spaces[name].target
                     shape = [-1 if d == dim else 1 for d in range(target.dim())]
