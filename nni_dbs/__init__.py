@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from nni_dbs.search import project as project
     from nni_dbs.space import Widths as Widths
     from nni_dbs.space import WidthSpace as WidthSpace
+    from nni_dbs.steps import SupernetStep as SupernetStep
+    from nni_dbs.supernet import Supernet as Supernet
 
 _MODULES = {
     "Budget": "nni_dbs.cost",
@@ -30,6 +32,8 @@ _MODULES = {
     "project": "nni_dbs.search",
     "WidthSpace": "nni_dbs.space",
     "Widths": "nni_dbs.space",
+    "Supernet": "nni_dbs.supernet",
+    "SupernetStep": "nni_dbs.steps",
 }
 
 __all__ = sorted(_MODULES)

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a sub-network, re-estimated before it is judged.
+"""Scoring a sub-network, with BatchNorm statistics re-estimated before it is judged.
 
 A network that got narrower keeps the running statistics of the wide one; they no longer describe its
 activations, and its accuracy cannot be read before they are estimated again.
@@ -6,12 +6,51 @@ activations, and its accuracy cannot be read before they are estimated again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_dbs.supernet import Supernet
+
+CALIBRATION_IMAGES = 2048
+
+
+def score(
+    supernet: Supernet,
+    widths: Mapping[str, int],
+    evaluate: Callable[[nn.Module], float],
+    batches: Iterable[Tensor],
+    images: int = CALIBRATION_IMAGES,
+) -> float:
+    """What `evaluate` says of the supernet at `widths`, after its BatchNorm was recalibrated.
+
+    The supernet is as before afterwards: statistics, modes and weights. To score in several threads, give
+    each a copy of the supernet.
+
+    Args:
+        supernet: The trained supernet.
+        widths: Group name -> channels.
+        evaluate: Gets the model, which computes at these widths meanwhile.
+        batches: Training images (B, ...), iterated anew for every score; as `recalibrate_batchnorm`.
+        images: As `recalibrate_batchnorm`.
+    """
+    with supernet.at(widths) as model, _kept_statistics(model):
+        recalibrate_batchnorm(model, batches, images)
+        return evaluate(model)
+
+
+@contextmanager
+def _kept_statistics(model: nn.Module) -> Iterator[None]:
+    buffers = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
+    old = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, old, strict=True):
+            buffer.copy_(value)
 
 
 @contextmanager
@@ -49,11 +88,19 @@ def saw_batches(layer: _BatchNorm) -> bool:
 
 
 @torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Re-estimate the BatchNorm statistics of `model` as the exact average over `batches`.
+def recalibrate_batchnorm(
+    model: nn.Module, batches: Iterable[Tensor], images: int = CALIBRATION_IMAGES
+) -> None:
+    """Re-estimate the BatchNorm statistics of `model` as the exact average over batches.
 
     Only the BatchNorm layers run in train mode (dropout stays off); weights, gradients and modes stay as
     they are. A model without BatchNorm is left alone and `batches` is not read.
+
+    Args:
+        model: The network as it will be used, so a supernet inside of `Supernet.at`.
+        batches: Training images (B, ...), augmented as in training; batches as large as in training.
+        images: Stop when at least so many were seen (fewer if `batches` ends). With too few, scores carry
+            the luck of the draw.
 
     Raises:
         ValueError: `batches` is empty.
@@ -67,6 +114,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> None:
         seen = 0
         for batch in batches:
             model(batch)
-            seen += 1
+            seen += len(batch)
+            if seen >= images:
+                break
         if seen == 0:
             raise ValueError("no batches to recalibrate BatchNorm from; give at least one")

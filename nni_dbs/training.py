@@ -20,6 +20,7 @@ from nni_dbs.config import Recipe
 from nni_dbs.data import loader
 from nni_dbs.errors import ResultError, TrainingError
 from nni_dbs.files import write
+from nni_dbs.steps import SupernetStep
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,9 +63,10 @@ def training_loop(
 ) -> Callable[..., None]:
     """A `training_func` for `TorchEvaluator` that follows `recipe`.
 
-    With `max_steps` it stops there. With a `checkpoint` it writes model, momentum and epoch after every epoch
-    of a run without `max_steps`, and continues from what it finds: on a CPU to the same weights as an
-    uninterrupted run, since each epoch seeds its own order, augmentation and dropout.
+    With `max_steps` it stops there. With a `checkpoint` it writes model, momentum and epoch (of a
+    `SupernetStep`, its progress too) after every epoch of a run without `max_steps`, and continues from
+    what it finds: on a CPU to the same weights as an uninterrupted run, since each epoch seeds its own
+    order, augmentation and dropout.
     """
 
     def train(
@@ -78,7 +80,9 @@ def training_loop(
         epochs = max_epochs or recipe.epochs
         steps_per_epoch = max(len(dataset) // recipe.batch_size, 1)  # type: ignore[arg-type]
         saved = checkpoint if max_steps is None else None
-        first = load_checkpoint(saved, model, optimizer) if saved is not None and saved.exists() else 0
+        first = 0
+        if saved is not None and saved.exists():
+            first = load_checkpoint(saved, model, optimizer, step)
         total = max_steps or epochs * steps_per_epoch
         done = first * steps_per_epoch
         model.train()
@@ -102,7 +106,7 @@ def training_loop(
                         break
                 epoch += 1
                 if saved is not None:
-                    save_checkpoint(saved, model, optimizer, epoch)
+                    save_checkpoint(saved, model, optimizer, epoch, step)
 
     return train
 
@@ -130,18 +134,23 @@ def accuracy(
     return 100 * correct / total
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, epoch: int) -> None:
-    """Model, momentum and number of finished epochs, in one safetensors file."""
+def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, epoch: int, step: Any = None) -> None:
+    """Model, momentum, number of finished epochs and the step's state (JSON), in one safetensors file."""
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum
-    metadata = {"progress": json.dumps({"epoch": epoch})}
+    progress: dict[str, Any] = {"epoch": epoch}
+    if isinstance(step, SupernetStep):
+        progress["step"] = step.state_dict()
+    metadata = {"progress": json.dumps(progress)}
     write(path, lambda temporary: save_file(tensors, str(temporary), metadata))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> int:
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: Optimizer | None = None, step: Any = None
+) -> int:
     """Restores what `save_checkpoint` wrote and returns the number of finished epochs.
 
     Raises:
@@ -149,11 +158,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer | None = 
     """
     try:
         with safe_open(str(path), "pt") as file:
-            epoch = json.loads(file.metadata()["progress"])["epoch"]
+            progress = json.loads(file.metadata()["progress"])
+            epoch = progress["epoch"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         model.load_state_dict(
             {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
         )
+        if isinstance(step, SupernetStep):
+            step.load_state_dict(progress["step"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ResultError(

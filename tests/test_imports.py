@@ -16,7 +16,7 @@ ROOT = Path(nni_dbs.__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("space", "cost"),
-    ("supernet", "sampling", "evaluate"),
+    ("supernet", "sampling", "steps", "evaluate"),
     ("algorithms", "predict", "search"),
     ("models", "result", "config", "data", "training", "plot", "report"),
     ("plugin",),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,10 @@ def test_an_interrupted_training_resumes_to_the_same_weights(
     path = tmp_path / "train.safetensors"
     saved = save_checkpoint
 
-    def interrupt(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-        saved(file, model, optimizer, epoch)
+    def interrupt(
+        file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int, *rest: Any
+    ) -> None:
+        saved(file, model, optimizer, epoch, *rest)
         if epoch == 2:
             raise KeyboardInterrupt
 

@@ -56,7 +56,8 @@ def shrink(
 
     memo: dict[int, object] = {}
     lengths: dict[str, int] = {}
-    for layer, tensors in kept_entries(layer_axes(narrowed), kept).items():
+    keep = keep_mask(narrowed, kept)
+    for layer, tensors in kept_entries(layer_axes(narrowed), keep).items():
         for name, entries in tensors.items():
             tensor = getattr(modules[layer], name, None)
             if tensor is not None:
@@ -110,52 +111,58 @@ class LayerAxis:
 
     Attributes:
         member: Any of the axis' members.
-        groups: Names and sizes of the groups on the axis.
-        channels: (member.size,) the channel behind each entry, counted through `groups` one after another;
-            the sum of their sizes stands for an entry of no group, which always stays.
+        groups: Names of the groups on the axis.
+        channels: (member.size,) the channel behind each entry, counted through all groups of the model one
+            after another; -1 stands for an entry of no group.
     """
 
     member: Member
-    groups: tuple[tuple[str, int], ...]
+    groups: tuple[str, ...]
     channels: np.ndarray
-
-    def mask(self, kept: Kept) -> np.ndarray:
-        """Which entries stay (member.size,)."""
-        total = sum(size for _, size in self.groups)
-        keep = np.zeros(total + 1, dtype=bool)
-        keep[total] = True
-        offset = 0
-        for name, size in self.groups:
-            keep[offset + kept[name]] = True
-            offset += size
-        return keep[self.channels]
 
 
 def layer_axes(groups: Iterable[ChannelGroup]) -> dict[tuple[str, str], LayerAxis]:
     """Every axis that the groups touch: (layer, role) -> axis."""
-    shares: dict[tuple[str, str], list[tuple[Member, ChannelGroup]]] = {}
+    shares: dict[tuple[str, str], list[tuple[Member, str, np.ndarray]]] = {}
+    offset = 0
     for g in groups:
         for m in g.members:
-            shares.setdefault((m.layer, m.role), []).append((m, g))
+            shares.setdefault((m.layer, m.role), []).append((m, g.name, offset + np.arange(g.size)))
+        offset += g.size
     axes = {}
     for key, parts in shares.items():
-        member = parts[0][0]
-        sizes = {g.name: g.size for _, g in parts}
-        offset = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
-        channels = np.full(member.size, sum(sizes.values()))
-        for part, g in parts:
-            part.apply(offset[g.name] + np.arange(g.size), channels)
-        axes[key] = LayerAxis(member, tuple(sizes.items()), channels)
+        channels = np.full(parts[0][0].size, -1)
+        for member, _, numbers in parts:
+            member.apply(numbers, channels)
+        axes[key] = LayerAxis(parts[0][0], tuple(dict.fromkeys(name for _, name, _ in parts)), channels)
     return axes
 
 
+def keep_mask(groups: Iterable[ChannelGroup], kept: Kept) -> np.ndarray:
+    """Which channels of all groups stay; the last entry, for what belongs to no group, is True.
+
+    `keep_mask(groups, kept)[axis.channels]` says which entries of a `LayerAxis` of the same groups stay.
+    """
+    masks = []
+    for g in groups:
+        mask = np.zeros(g.size, dtype=bool)
+        mask[kept[g.name]] = True
+        masks.append(mask)
+    return np.concatenate([*masks, np.ones(1, dtype=bool)])
+
+
 def kept_entries(
-    axes: Mapping[tuple[str, str], LayerAxis], kept: Kept
+    axes: Mapping[tuple[str, str], LayerAxis], keep: np.ndarray
 ) -> dict[str, dict[str, dict[int, np.ndarray]]]:
-    """What stays of each tensor: layer -> tensor -> dimension -> kept entries, ascending."""
+    """What stays of each tensor: layer -> tensor -> dimension -> kept entries, ascending.
+
+    Args:
+        axes: From `layer_axes`.
+        keep: From `keep_mask`.
+    """
     layers: dict[str, dict[str, dict[int, np.ndarray]]] = {}
     for (layer, _), axis in axes.items():
-        member, mask = axis.member, axis.mask(kept)
+        member, mask = axis.member, keep[axis.channels]
         index = {n: np.flatnonzero(mask[: member.size // n]) for n in {1, member.blocks_of("weight")}}
         for name, dim in member.tensors:
             layers.setdefault(layer, {}).setdefault(name, {})[dim] = index[member.blocks_of(name)]

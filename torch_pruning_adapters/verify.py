@@ -14,7 +14,7 @@ from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.graph import Inputs, call, tensors_in
 from torch_pruning_adapters.group import ChannelGroup
 from torch_pruning_adapters.importance import Order
-from torch_pruning_adapters.surgery import kept_channels, layer_axes, shrink
+from torch_pruning_adapters.surgery import keep_mask, kept_channels, layer_axes, shrink
 
 TOLERANCE = 1e-3  # relative; rounding stays below 1e-4, a wrong index changes outputs by tenths
 
@@ -108,14 +108,14 @@ class _Trial:
 
     def _without(self, groups: Sequence[ChannelGroup], widths: dict[str, int], order: Order) -> list[Tensor]:
         """Outputs of the uncut copy whose consumers do not read the dropped channels."""
-        kept = kept_channels(groups, widths, order)
+        keep = keep_mask(groups, kept_channels(groups, widths, order))
         saved: list[tuple[Tensor, Tensor]] = []
         for (layer, role), axis in layer_axes(groups).items():
             if role != "consumer":
                 continue
             weight = self.model.get_submodule(layer).get_parameter("weight")
             saved.append((weight, weight.clone()))
-            mask = axis.mask(kept)[: axis.member.size // axis.member.blocks_of("weight")]
+            mask = keep[axis.channels][: axis.member.size // axis.member.blocks_of("weight")]
             dim = dict(axis.member.tensors)["weight"]
             shape = [-1 if d == dim else 1 for d in range(weight.dim())]
             weight.mul_(torch.from_numpy(mask).to(weight).reshape(shape))

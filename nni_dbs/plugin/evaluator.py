@@ -23,6 +23,9 @@ from torch.optim import Optimizer
 
 from nni_dbs.errors import EvaluatorError
 from nni_dbs.evaluate import cumulative_batchnorm, saw_batches
+from nni_dbs.sampling import Step
+from nni_dbs.steps import Distill, SupernetStep, kl_divergence
+from nni_dbs.supernet import Supernet
 
 Task = Callable[[], Any]
 
@@ -103,6 +106,56 @@ def recalibrate_batchnorm(evaluator: Evaluator, model: nn.Module, max_steps: int
                 f"the training of {type(evaluator).__name__} ran no batch through BatchNorm in train mode; "
                 "its loop must honour `max_steps` and must not put BatchNorm layers in eval mode"
             )
+
+
+@contextmanager
+def train_supernet(
+    evaluator: Evaluator, supernet: Supernet, steps: Iterator[Step], distill: Distill = kl_divergence
+) -> Iterator[SupernetStep]:
+    """Within the block the evaluator's training steps train the networks that `steps` names.
+
+    The model must be bound, without NNI's wrappers, and be that of the supernet; then call
+    `evaluator.train(max_steps, max_epochs)`. Works with `TorchEvaluator` (whose training function gets the
+    step and may save its state to resume), `LightningEvaluator` with automatic optimisation (strategy `ddp`
+    too) and `TransformersEvaluator`.
+
+    Args:
+        evaluator: Bound.
+        supernet: Of the bound model.
+        steps: From `nni_dbs.sampling`.
+        distill: See `SupernetStep`.
+
+    Yields:
+        The step that takes the place of the user's.
+
+    Raises:
+        EvaluatorError: Another model is bound, or none.
+    """
+    if getattr(evaluator, "model", None) is not supernet.model:
+        raise EvaluatorError("bind the supernet's model to the evaluator before training the supernet")
+    owner: Any
+    if isinstance(evaluator, LightningEvaluator):
+        owner, name = supernet.model, "training_step"
+    elif isinstance(evaluator, TransformersEvaluator):
+        owner, name = evaluator.trainer, "compute_loss"
+    else:
+        owner, name = evaluator, "_training_step"
+    own = vars(owner).get(name)
+    step = SupernetStep(supernet, steps, getattr(owner, name), distill)
+
+    @functools.wraps(step.training_step)  # Lightning and Transformers inspect signatures
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        evaluating = owner is not evaluator and not supernet.model.training  # Transformers shares one method
+        return step.training_step(*args, **kwargs) if evaluating else step(*args, **kwargs)
+
+    setattr(owner, name, step if owner is evaluator else training_step)
+    try:
+        yield step
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 @contextmanager

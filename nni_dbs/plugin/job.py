@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -38,8 +37,6 @@ from nni_dbs.result import (
 )
 from nni_dbs.training import accuracy, sgd, training_loop, training_step
 from torch_pruning_adapters.errors import nearest
-
-CALIBRATION_IMAGES = 2048
 
 METHODS: dict[str, type[WidthPruner]] = {p.method: p for p in (UniformPruner, RandomPruner)}
 
@@ -97,7 +94,7 @@ class _Run:
     def recalibrate(self, model: nn.Module) -> None:
         """Estimates BatchNorm statistics anew on the training data, as a cut network needs."""
         batches = loader(self.splits.train, 64, shuffle=True, seed=self.config.seed)
-        images = (images.to(self.device) for images, _ in islice(batches, CALIBRATION_IMAGES // 64))
+        images = (images.to(self.device) for images, _ in batches)
         torch.manual_seed(self.config.seed)
         recalibrate_batchnorm(model, images)
 

@@ -48,7 +48,7 @@ from torch_pruning_adapters import (
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Inputs, map_tensors, tensors_in
 from torch_pruning_adapters.importance import Importance, Order
-from torch_pruning_adapters.surgery import layer_axes
+from torch_pruning_adapters.surgery import keep_mask, layer_axes
 
 SELECTING_KEYS = (
     "op_types",
@@ -266,12 +266,13 @@ class WidthPruner(Pruner):
 
     def _masks(self, widths: Widths) -> dict[str, dict[str, Tensor]]:
         """Masks of all rows that compute or normalise dropped channels, over whole groups."""
-        kept = kept_channels(self.space.groups, widths, self.order)
+        groups = self.space.groups
+        keep = keep_mask(groups, kept_channels(groups, widths, self.order))
         masks: dict[str, dict[str, Tensor]] = {}
-        for (layer, role), axis in layer_axes(self.space.groups).items():
+        for (layer, role), axis in layer_axes(groups).items():
             if role == "consumer" or layer not in self._module_wrappers:
                 continue
-            rows = torch.from_numpy(axis.mask(kept))
+            rows = torch.from_numpy(keep[axis.channels])
             spaces = self._module_wrappers[layer].pruning_target_spaces
             for name, dim in axis.member.tensors:
                 if name in spaces and spaces[name].target is not None:

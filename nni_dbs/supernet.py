@@ -1,0 +1,457 @@
+"""The user's own model at any widths.
+
+A `Supernet` changes nothing in the model. For the duration of a `with` block, the `forward` of the layers
+that channel groups touch is replaced, and it comes back when the block ends, however it ends:
+
+- `at(widths)` runs them *sliced*, on the active part of each parameter and buffer, at the cost of the narrow
+  network;
+- `gated(gates)` multiplies what each layer reads by differentiable factors, at the cost of the full network;
+- `parallel(networks)` runs several networks at once, each on its part of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nni_dbs.errors import DataError
+from torch_pruning_adapters import ChannelGroup, WidthError, channel_order, check_widths
+from torch_pruning_adapters.errors import nearest
+from torch_pruning_adapters.importance import Order, check_order
+from torch_pruning_adapters.surgery import check_model, cut_sizes, keep_mask, kept_entries, layer_axes
+
+Forward = Callable[..., Any]
+Index = tuple["slice | Tensor", ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The active part of a parameter in one use of its layer.
+
+    Attributes:
+        parameter: The whole parameter.
+        index: Where the part lies: `parameter[index]` has its values.
+        part: The part that the layer computed with; gradients can be taken with respect to it.
+    """
+
+    parameter: nn.Parameter
+    index: Index
+    part: Tensor
+
+
+class Supernet:
+    """One model that stands for all its narrower versions, with shared weights.
+
+    Use it to train many widths at once (`nni_dbs.sampling`, `nni_dbs.steps`), to score widths without
+    cutting the model for each, and to learn relaxed widths.
+
+    Parameters, `state_dict`, hooks and classes stay as they are, gradients arrive in the model's own
+    Parameters, and running statistics in its own buffers (only the active part of them is updated). Blocks
+    may be nested: the innermost alone applies. One model runs in one thread at a time; threads need copies.
+
+    Args:
+        model: The network, also inside of `DistributedDataParallel`, a Lightning module and so on.
+        groups: From `find_channel_groups` on this model.
+        order: Group name -> its channels (C,), most important first; width w keeps the first w of them.
+            Default: `channel_order` (largest L2 norm first), ranked now and frozen, so that a trained
+            network's narrow versions begin with its best channels. `prefix_order` keeps the first channels,
+            as slimmable networks trained from scratch do, and is the fastest: it slices views.
+
+    Attributes:
+        model, groups, order: As above; hand `order` to `shrink` to cut the same channels.
+
+    Raises:
+        WidthError: Groups of another model, or an order that is not one.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], order: Order | None = None) -> None:
+        self.model = model
+        self.groups = tuple(groups)
+        modules = dict(model.named_modules())
+        check_model(modules, self.groups)
+        if order is None:
+            order = channel_order(model, self.groups)
+        missing = next((g.name for g in self.groups if g.name not in order), None)
+        if missing is not None:
+            raise WidthError(f"the channel order lacks group {missing!r}")
+        self.order = {g.name: check_order(g, order[g.name]) for g in self.groups}
+        self._axes = layer_axes(self.groups)
+
+    @property
+    def inexact(self) -> dict[str, str]:
+        """Groups at whose widths `gated` and `parallel` only approximate the narrow network, and why.
+
+        A LayerNorm or GroupNorm over a group's channels takes its statistics over the gated ones too. `at`
+        is exact everywhere.
+        """
+        reasons = {}
+        for g in self.groups:
+            norm = next((m for m in g.members if m.kind in ("layernorm", "groupnorm")), None)
+            if norm is not None:
+                reasons[g.name] = f"{norm.layer!r} takes its statistics over the channels of the group"
+        return reasons
+
+    @contextmanager
+    def at(self, widths: Mapping[str, int], cuts: list[Cut] | None = None) -> Iterator[nn.Module]:
+        """Within the block the model computes as `shrink(model, groups, widths, order)` does, at its cost.
+
+        Re-entrant: leave the block before or after `backward`, as you like, unless the model recomputes
+        activations (`torch.utils.checkpoint`): then call `backward` inside.
+
+        Args:
+            widths: Group name -> channels; a missing group keeps its full width.
+            cuts: Collects the active part of every parameter with a gradient, at each of its uses.
+
+        Yields:
+            The model.
+
+        Raises:
+            WidthError: Unknown group, or a width that the group cannot take.
+        """
+        kept = self._kept(widths)
+        narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
+        axes = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
+        forwards = {}
+        for layer, entries in kept_entries(axes, keep_mask(self.groups, kept)).items():
+            module = self.model.get_submodule(layer)
+            forwards[module] = _Sliced(module, entries, cuts)
+        with _running(self.model, forwards):
+            yield self.model
+
+    @contextmanager
+    def gated(self, gates: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Within the block every layer that reads a group's channels reads them times the group's gate.
+
+        For relaxed widths: the gates get gradients. With gates of 0 and 1 (`gates_of`) the outputs equal
+        those of the narrow network, whatever lies between (BatchNorm, a sigmoid, a sum, a concatenation),
+        because channels are gated where they are consumed; `inexact` lists the exceptions. The residual
+        stream of a group is gated at each of its readers, which equals gating all its writers.
+
+        Args:
+            gates: Group name -> (C,) factors, or (B, C) with one row for each sample of the batch, in the
+                order of the network's channels (see `by_rank`). Groups without a gate run in full.
+
+        Yields:
+            The model.
+
+        Raises:
+            WidthError: Unknown or frozen group, or a gate of the wrong shape.
+        """
+        self._check_gates(gates)
+        with _running(self.model, self._gated(gates)):
+            yield self.model
+
+    @contextmanager
+    def parallel(self, networks: Sequence[Mapping[str, int]]) -> Iterator[nn.Module]:
+        """Within the block the k-th equal part of each batch runs through the k-th network, in one pass.
+
+        The parallel sub-networks of PSE-Net (arXiv 2408.16233), whose treatment of BatchNorm is unknown;
+        here each part of the batch has statistics of its own in train mode (a reconstruction: any other
+        treatment gives wrong gradients). The loss averaged over the batch then has the mean of the
+        networks' gradients, and channels that no network uses get a gradient of exactly zero. Every pass
+        costs a full-width pass. At least 16 images for each network keep the statistics sound; recalibrate
+        BatchNorm before you score a network.
+
+        Args:
+            networks: Widths of each part; the batch must be divisible by their number.
+
+        Yields:
+            The model.
+
+        Raises:
+            WidthError: As for `at`.
+            DataError: In the forward pass, if the batch is not divisible.
+        """
+        if not networks:
+            raise WidthError("parallel() needs the widths of at least one network")
+        hard = [self.gates_of(widths) for widths in networks]
+        gates = {name: torch.stack([gate[name] for gate in hard]) for name in hard[0]}
+        narrowed = {name: gate for name, gate in gates.items() if not bool(gate.all())}
+        forwards = self._gated(narrowed, parts=len(networks))
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm):
+                forwards[module] = _InParts(name, module, len(networks))
+        with _running(self.model, forwards):
+            yield self.model
+
+    def gates_of(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
+        """Gates of 0 and 1 that stand for hard widths: group name -> (C,)."""
+        parameter = next(self.model.parameters())
+        gates = {}
+        for g, kept in zip(self.groups, self._kept(widths).values(), strict=True):
+            gates[g.name] = torch.zeros(g.size, dtype=parameter.dtype, device=parameter.device)
+            gates[g.name][torch.from_numpy(kept)] = 1
+        return gates
+
+    def by_rank(self, name: str, factors: Tensor) -> Tensor:
+        """Factors of a group's channels from most to least important (..., C), in the network's order."""
+        rank = np.argsort(self.order[name])
+        return factors.index_select(-1, torch.from_numpy(rank).to(factors.device))
+
+    def _kept(self, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+        """The channels of each group that stay, ascending."""
+        check_widths(self.groups, widths)
+        return {g.name: np.sort(self.order[g.name][: widths.get(g.name, g.size)]) for g in self.groups}
+
+    def _gated(self, gates: Mapping[str, Tensor], parts: int | None = None) -> dict[nn.Module, _Replacement]:
+        numbers = np.cumsum([0, *(g.size for g in self.groups)])  # of each group's first channel
+        first = dict(zip((g.name for g in self.groups), numbers, strict=False))
+        forwards: dict[nn.Module, _Replacement] = {}
+        for (layer, role), axis in self._axes.items():
+            on_axis = {name: gates[name] for name in axis.groups if name in gates}
+            if role != "consumer" or not on_axis:
+                continue
+            position = np.full(numbers[-1] + 1, -1)  # of a channel among those of `on_axis`
+            length = 0
+            for name, gate in on_axis.items():
+                size = gate.shape[-1]
+                position[first[name] : first[name] + size] = length + np.arange(size)
+                length += size
+            forwards[self.model.get_submodule(layer)] = _Gated(
+                layer, axis.member.kind == "conv", list(on_axis.values()), position[axis.channels], parts
+            )
+        return forwards
+
+    def _check_gates(self, gates: Mapping[str, Tensor]) -> None:
+        by_name = {g.name: g for g in self.groups}
+        for name, gate in gates.items():
+            if name not in by_name:
+                raise WidthError(f"no channel group {name!r} in this model{nearest(name, by_name)}")
+            g = by_name[name]
+            if g.frozen is not None:
+                raise WidthError(f"group {name!r} keeps its {g.size} channels: {g.frozen}")
+            if gate.dim() not in (1, 2) or gate.shape[-1] != g.size:
+                raise WidthError(
+                    f"the gate of group {name!r} must have shape ({g.size},) or (batch, {g.size}), "
+                    f"not {tuple(gate.shape)}"
+                )
+
+
+class _Replacement:
+    """What a layer does instead of its forward; `forward` is the one that it replaces."""
+
+    forward: Forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Sliced(_Replacement):
+    """A layer on the active part of its parameters and buffers.
+
+    Args:
+        module: The layer.
+        entries: tensor name -> dimension -> kept entries.
+        cuts: Collects the parts of parameters.
+    """
+
+    def __init__(
+        self, module: nn.Module, entries: Mapping[str, Mapping[int, np.ndarray]], cuts: list[Cut] | None
+    ) -> None:
+        self.module = module
+        self.cuts = cuts
+        self.parameters: dict[str, Index] = {}
+        self.buffers: dict[str, Index] = {}
+        shape = None
+        length = len(next(iter(next(iter(entries.values())).values())))
+        for name, kept in entries.items():
+            for indices, tensors in (
+                (self.parameters, module._parameters),
+                (self.buffers, module._buffers),
+            ):
+                tensor = tensors.get(name)
+                if tensor is not None:
+                    indices[name] = _index(tensor, kept)
+                    if name == "weight":
+                        shape = [len(kept.get(d, range(n))) for d, n in enumerate(tensor.shape)]
+        self.sizes = cut_sizes(module, shape, length)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.module
+        parameters: dict[str, Any] = {name: module._parameters[name] for name in self.parameters}
+        buffers: dict[str, Any] = {name: module._buffers[name] for name in self.buffers}
+        sizes = {name: vars(module)[name] for name in self.sizes}
+        try:
+            for name, index in self.parameters.items():
+                part = _take(parameters[name], index)
+                if self.cuts is not None and part.requires_grad:
+                    self.cuts.append(Cut(parameters[name], index, part))
+                module._parameters[name] = part  # type: ignore[assignment]
+            for name, index in self.buffers.items():
+                module._buffers[name] = buffers[name][index]
+            vars(module).update(self.sizes)
+            return self.forward(*args, **kwargs)
+        finally:
+            vars(module).update(sizes)
+            for name, index in self.buffers.items():
+                active = module._buffers[name]
+                module._buffers[name] = buffers[name]
+                if active is not buffers[name] and not _is_view(index):
+                    # unseen by autograd, as BatchNorm's own updates: graphs of other widths stay valid
+                    buffers[name].data[index] = active
+            module._parameters.update(parameters)
+
+
+class _Gated(_Replacement):
+    """A layer that reads its input times the gates of the groups on its input axis.
+
+    Args:
+        layer: Its name, for messages.
+        convolves: Whether its channels are the input's second dimension; else they are the last.
+        gates: (C,) or (B, C) of each group; (parts, C) where `parts` is given.
+        channels: (N,) the channel behind each entry of the input axis, counted through `gates`; -1 for an
+            entry of no group.
+        parts: In how many parts the batch is split, one row of the gates for each.
+    """
+
+    def __init__(
+        self, layer: str, convolves: bool, gates: list[Tensor], channels: np.ndarray, parts: int | None
+    ) -> None:
+        self.layer = layer
+        self.convolves = convolves
+        self.gates = gates
+        self.parts = parts
+        self.open = bool(channels.min() < 0)
+        length = sum(gate.shape[-1] for gate in gates)
+        self.channels: Tensor | None = None
+        if not np.array_equal(channels, np.arange(length)):
+            self.channels = torch.from_numpy(np.where(channels < 0, length, channels)).to(gates[0].device)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self.forward(args[0] * self._factors(args[0]), *args[1:], **kwargs)
+        name, x = next(iter(kwargs.items()))
+        return self.forward(**{**kwargs, name: x * self._factors(x)})
+
+    def _factors(self, x: Tensor) -> Tensor:
+        """The gates of the axis, in the shape and precision of `x`."""
+        rows = max((len(gate) for gate in self.gates if gate.dim() == 2), default=None)
+        gates = self.gates
+        if rows is not None and any(gate.dim() == 1 for gate in gates):
+            gates = [gate.expand(rows, -1) for gate in gates]
+        if self.open:  # entries of no group
+            gates = [*gates, gates[0].new_ones(*gates[0].shape[:-1], 1)]
+        factors = torch.cat(gates, dim=-1) if len(gates) > 1 else gates[0]
+        if self.channels is not None:
+            factors = factors.index_select(-1, self.channels)
+        if self.parts is not None:
+            factors = factors.repeat_interleave(_part_size(self.layer, x, self.parts), dim=0)
+        elif rows is not None and rows not in (1, len(x)):
+            raise DataError(f"gates for a batch of {rows} met {len(x)} samples at layer {self.layer!r}")
+        shape = [1] * x.dim()
+        shape[1 if self.convolves else -1] = -1
+        if factors.dim() == 2:
+            shape[0] = len(factors)
+        return factors.reshape(shape).to(x.dtype)
+
+
+class _InParts(_Replacement):
+    """A BatchNorm that normalises each part of the batch by itself in train mode."""
+
+    def __init__(self, layer: str, module: nn.Module, parts: int) -> None:
+        self.layer = layer
+        self.module = module
+        self.parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.module.training:
+            return self.forward(x)
+        return torch.cat([self.forward(part) for part in x.split(_part_size(self.layer, x, self.parts))])
+
+
+def _part_size(layer: str, x: Tensor, parts: int) -> int:
+    if len(x) % parts:
+        raise DataError(
+            f"a batch of {len(x)} (at layer {layer!r}) cannot be split equally among {parts} sub-networks; "
+            "use a multiple as batch size and drop the last smaller batch (drop_last=True)"
+        )
+    return len(x) // parts
+
+
+_RUNNING: WeakKeyDictionary[nn.Module, dict[nn.Module, _Replacement]] = WeakKeyDictionary()
+"""What replaces the layers' forwards now, of each model inside a block."""
+
+
+@contextmanager
+def _running(model: nn.Module, forwards: Mapping[nn.Module, _Replacement]) -> Iterator[None]:
+    outer = _RUNNING.pop(model, None)
+    if outer is not None:
+        _remove(outer)
+    inner = dict(forwards)
+    _install(inner)
+    _RUNNING[model] = inner
+    try:
+        yield
+    finally:
+        _remove(_RUNNING.pop(model))
+        if outer is not None:
+            _install(outer)
+            _RUNNING[model] = outer
+
+
+def _install(forwards: Mapping[nn.Module, _Replacement]) -> None:
+    for module, replacement in forwards.items():
+        replacement.forward = module.forward
+        module.forward = replacement
+
+
+def _remove(forwards: Mapping[nn.Module, _Replacement]) -> None:
+    for module, replacement in forwards.items():
+        module.forward = replacement.forward
+        if getattr(replacement.forward, "__func__", None) is type(module).forward:
+            del module.forward
+
+
+class _Select(torch.autograd.Function):
+    """`tensor[index]` for indices without repetition, whose gradient is written instead of added."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Index) -> Tensor:
+        ctx.index, ctx.size, ctx.stride = index, tensor.shape, tensor.stride()
+        for dim, entries in enumerate(index):
+            if isinstance(entries, Tensor):
+                tensor = tensor.index_select(dim, entries.flatten())
+            else:
+                tensor = tensor[(slice(None),) * dim + (entries,)]
+        return tensor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = gradient.new_empty_strided(ctx.size, ctx.stride).zero_()
+        whole[ctx.index] = gradient
+        return whole, None
+
+
+def _take(tensor: Tensor, index: Index) -> Tensor:
+    return tensor[index] if _is_view(index) else _Select.apply(tensor, index)
+
+
+def _is_view(index: Index) -> bool:
+    return not any(isinstance(entries, Tensor) for entries in index)
+
+
+def _index(tensor: Tensor, kept: Mapping[int, np.ndarray]) -> Index:
+    """Slices where the kept entries are the first ones, else indices, ready for `tensor[index]`."""
+    index: list[slice | Tensor] = []
+    for dim in range(max(kept) + 1):
+        entries = kept.get(dim)
+        if entries is None:
+            index.append(slice(None))
+        elif entries[-1] == len(entries) - 1:
+            index.append(slice(len(entries)))
+        else:
+            index.append(torch.from_numpy(entries).to(tensor.device))
+    if sum(isinstance(entries, Tensor) for entries in index) == 2:
+        rows, columns = index  # weights are cut in their first two dimensions
+        return rows[:, None], columns  # type: ignore[index]
+    return tuple(index)
