@@ -37,20 +37,24 @@ def score(
         batches: Training images (B, ...), iterated anew for every score; as `recalibrate_batchnorm`.
         images: As `recalibrate_batchnorm`.
     """
-    with supernet.at(widths) as model, _kept_statistics(model):
+    with supernet.at(widths) as model, _kept(model):
         recalibrate_batchnorm(model, batches, images)
         return evaluate(model)
 
 
 @contextmanager
-def _kept_statistics(model: nn.Module) -> Iterator[None]:
-    buffers = [b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Gives modules their modes and BatchNorm its statistics back."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = [b for m in modes if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
     old = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
         for buffer, value in zip(buffers, old, strict=True):
             buffer.copy_(value)
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

@@ -16,6 +16,9 @@ Rules compare as follows; DBS finds that the fairer ones rank sub-networks bette
 | `path_fair` | drawn paths | each path equally often |
 | `spfs` | largest, smallest, drawn paths | each path equally often, and the extremes always |
 
+Under `single`, `uniform` and `path_fair` weight decay and momentum also move channels that a step leaves
+out; the other rules train all channels in every step.
+
 `in_parallel` runs the networks of any rule in one pass, each on its part of the batch.
 """
 
@@ -40,7 +43,8 @@ class Step:
     """What one step of the optimiser trains.
 
     Attributes:
-        networks: In the order in which they are run; no network twice.
+        networks: In the order in which they are run. Equal ones are trained once, except in parallel, where
+            each has its own part of the batch.
         distilled: The first learns from the labels, the others from the first; else all from the labels.
         parallel: All run at once, each on its part of the batch; else one after another on all of it.
     """
@@ -52,7 +56,6 @@ class Step:
     def __post_init__(self) -> None:
         if not self.networks:
             raise ValueError("a step needs at least one network")
-        object.__setattr__(self, "networks", tuple(dict.fromkeys(self.networks)))
 
 
 def single(widths: Widths) -> Iterator[Step]:
@@ -70,7 +73,7 @@ def sandwich(space: WidthSpace, generator: torch.Generator, networks: int = 4) -
     """The sandwich rule: the largest network, `networks - 2` random ones, the smallest; distilled.
 
     Yu & Huang, "Universally Slimmable Networks" (2019), as in their released configurations. The largest
-    comes first, for the others learn from it; the smallest last, where a step's memory is least.
+    comes first, for the others learn from it.
     """
     if networks < 2:
         raise ValueError(f"a sandwich has at least 2 networks, not {networks}")

@@ -1,15 +1,16 @@
 """A training step over several sub-networks behind one loss.
 
 A loop calls a training step, then `backward` on the loss it got, and knows nothing of sub-networks. The
-passes of a step are run one after another; the gradients of all but the last are computed at once and added
-up, so that only one pass' activations are alive at a time, and handed over when the caller's `backward`
-reaches the returned loss. `zero_grad` before or after the training step, a `GradScaler`, gradient
-accumulation and `DistributedDataParallel` (one reduction for all passes) work as in ordinary training.
+gradients of each pass are computed at once and added up, so that only one pass' activations are alive at a
+time, and handed over when the caller's `backward` reaches the returned loss. `zero_grad` before or after the
+training step, a `GradScaler`, gradient accumulation, activation checkpointing (`use_reentrant=False`) and
+`DistributedDataParallel` (one reduction for all passes) work as in ordinary training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
 from nni_dbs.errors import TrainingError
@@ -26,8 +28,6 @@ from nni_dbs.supernet import Cut, Supernet
 from torch_pruning_adapters.graph import tensors_in
 
 Distill = Callable[[Tensor, Tensor], Tensor]
-
-LOSS_SCALE = 1024.0  # keeps small float16 gradients of the early passes; a power of two, so exact elsewhere
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -63,8 +63,9 @@ class SupernetStep:
         distill: Loss of a network's logits given those of the first network, for distilled steps.
 
     Raises:
-        TrainingError: In a distilled step, if the training step does not call the model, or gives it other
-            inputs in each pass.
+        TrainingError: If the training step returns no loss, or runs a `DistributedDataParallel` with
+            `static_graph=True`; in a distilled step, if it does not call the model, or gives it other inputs
+            in each pass.
     """
 
     def __init__(
@@ -79,19 +80,37 @@ class SupernetStep:
         self.training_step = training_step
         self.distill = distill
         self.taken = 0
+        self._scale = _LossScale()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # an evaluation by the same function
+            return self.training_step(*args, **kwargs)
+        if any(isinstance(a, DistributedDataParallel) and a.static_graph for a in (*args, *kwargs.values())):
+            raise TrainingError(
+                "DistributedDataParallel with static_graph=True cannot run the several passes of a step; "
+                "build it without static_graph"
+            )
         first: list[Any] = []
 
         def compute_loss() -> Tensor:
-            output = self.training_step(*args, **kwargs)
+            output = self.training_step(*map(_fresh, args), **{k: _fresh(v) for k, v in kwargs.items()})
+            if output is None and not first:
+                raise _SkippedError
             if not first:
                 first.append(output)
             return _loss_of(output)
 
-        step = next(self.steps)
+        try:
+            step = next(self.steps)
+        except StopIteration:
+            raise TrainingError(
+                f"the rule ended after {self.taken} steps; give an endless one, as in nni_dbs.sampling"
+            ) from None
         self.taken += 1
-        loss = step_loss(self.supernet, step, compute_loss, self.distill)
+        try:
+            loss = step_loss(self.supernet, step, compute_loss, self.distill, self._scale)
+        except _SkippedError:
+            return None
         return _with_loss(first[0], loss)
 
     def state_dict(self) -> dict[str, Any]:
@@ -107,8 +126,36 @@ class SupernetStep:
         self.taken = state["taken"]
 
 
+class _SkippedError(Exception):
+    """The training step returned None, which skips a batch in Lightning."""
+
+
+def _fresh(value: Any) -> Any:
+    """A shallow copy of a batch that the training step may take entries out of."""
+    return copy.copy(value) if isinstance(value, (MutableMapping, list)) else value
+
+
+class _LossScale:
+    """What the caller last multiplied the loss by before `backward`, as a GradScaler does.
+
+    Losses are differentiated at this scale, so that small float16 gradients survive as in ordinary training.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | float = 1.0
+
+    def observe(self, grad_output: Tensor) -> None:
+        """Keeps the power of two below `grad_output`: scaling by it is exact."""
+        power = torch.ldexp(torch.ones_like(grad_output), torch.frexp(grad_output.abs()).exponent - 1)
+        self.value = torch.where(grad_output.isfinite() & (grad_output != 0), power, 1.0)
+
+
 def step_loss(
-    supernet: Supernet, step: Step, compute_loss: Callable[[], Tensor], distill: Distill = kl_divergence
+    supernet: Supernet,
+    step: Step,
+    compute_loss: Callable[[], Tensor],
+    distill: Distill = kl_divergence,
+    scale: _LossScale | None = None,
 ) -> Tensor:
     """The loss of one step: the sum over its networks, or the mean over the batch where they run in parallel.
 
@@ -117,46 +164,51 @@ def step_loss(
         step: The networks.
         compute_loss: Runs the model on the batch and returns its loss (a scalar).
         distill: See `SupernetStep`.
+        scale: Kept from step to step by `SupernetStep`.
     """
+    gradients = _Gradients(scale or _LossScale())
     if step.parallel:
-        return _parallel_loss(supernet, step, compute_loss, distill)
-    gradients: dict[nn.Parameter, Tensor] = {}
+        return gradients.hand_over(_parallel_loss(supernet, step, compute_loss, distill, gradients))
+    networks = tuple(dict.fromkeys(step.networks))
     teacher: _Record | None = None
-    total: Tensor | None = None
-    for widths in step.networks:
-        cuts: list[Cut] = []
+    losses = []
+    for widths in networks:
+        # DistributedDataParallel may look for the parameters in the graph of the last forward pass
+        cuts: list[Cut] | None = None if widths is networks[-1] else []
         recorded = _recorded(supernet.model) if step.distilled else nullcontext()
         with supernet.at(widths, cuts), recorded as record:
             loss = compute_loss()
             if record is not None and teacher is not None:
                 loss = record.distilled(teacher, distill)
-            if widths is not step.networks[-1]:
-                _add_gradients(gradients, supernet.model, cuts, loss)
-                loss = loss.detach()
+            gradients.add(loss, cuts or ())
         if record is not None and teacher is None:
             teacher = record.detached()
-        total = loss if total is None else total + loss
-    assert total is not None
-    return _hand_over(total, gradients)
+        losses.append(loss.detach())
+    return gradients.hand_over(torch.stack(losses).sum())
 
 
 def _parallel_loss(
-    supernet: Supernet, step: Step, compute_loss: Callable[[], Tensor], distill: Distill
+    supernet: Supernet,
+    step: Step,
+    compute_loss: Callable[[], Tensor],
+    distill: Distill,
+    gradients: _Gradients,
 ) -> Tensor:
     parts = len(step.networks)
-    if not step.distilled:
-        with supernet.parallel(step.networks):
-            return compute_loss()
-    with supernet.parallel(step.networks), _replicated(supernet.model, parts) as outputs:
-        loss = compute_loss()
-    if not outputs:
-        raise TrainingError(_NOT_CALLED)
-    for logits in outputs:
-        teacher, *students = logits.chunk(parts)
-        loss = loss + torch.stack([distill(student, teacher.detach()) for student in students]).sum() / len(
-            outputs
-        )
-    return loss
+    with supernet.parallel(step.networks):
+        if not step.distilled:
+            loss = compute_loss()
+        else:
+            with _replicated(supernet.model, parts) as copies:
+                loss = compute_loss()
+            if not copies:
+                raise TrainingError(_NOT_CALLED)
+            for logits in copies:
+                teacher, *students = logits.chunk(parts)
+                losses = [distill(student, teacher.detach()) for student in students]
+                loss = loss + sum(losses, loss.new_zeros(())) / len(copies)
+        gradients.add(loss)
+    return loss.detach()
 
 
 _NOT_CALLED = (
@@ -197,101 +249,129 @@ class _Record:
 @contextmanager
 def _recorded(model: nn.Module) -> Iterator[_Record]:
     record = _Record()
-    forward = model.forward
 
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        outputs = forward(*args, **kwargs)
+    def hook(model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         record.inputs.append(tensors_in((args, kwargs)))
         record.logits.append(_logits(outputs))
-        return outputs
 
-    with _replaced_forward(model, recording):
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    try:
         yield record
+    finally:
+        handle.remove()
 
 
 @contextmanager
 def _replicated(model: nn.Module, parts: int) -> Iterator[list[Tensor]]:
     """The model runs on copies of its batch and returns the first copy's outputs; yields all logits."""
-    everything: list[Tensor] = []
-    forward = model.forward
+    logits: list[Tensor] = []
 
-    def replicating(*args: Any, **kwargs: Any) -> Any:
+    def before(model: nn.Module, args: Any, kwargs: Any) -> Any:
         batch = len(tensors_in((args, kwargs))[0])
 
         def repeated(t: Tensor) -> Tensor:
             return torch.cat([t] * parts) if t.dim() and len(t) == batch else t
 
-        args, kwargs = tree_map_only(Tensor, repeated, (args, kwargs))
-        outputs = forward(*args, **kwargs)
-        everything.append(_logits(outputs))
+        return tree_map_only(Tensor, repeated, (args, kwargs))
+
+    def after(model: nn.Module, args: Any, outputs: Any) -> Any:
+        if any(t.dim() == 0 and t.requires_grad for t in tensors_in(outputs)):
+            raise TrainingError(
+                "the model computes its own loss, which would mix the labels' loss of all parallel networks; "
+                "compute it in the training step from the logits, or distil one after another"
+            )
+        logits.append(_logits(outputs))
         return tree_map_only(Tensor, lambda t: t[: len(t) // parts] if t.dim() else t, outputs)
 
-    with _replaced_forward(model, replicating):
-        yield everything
-
-
-@contextmanager
-def _replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(model).get("forward")
-    model.forward = forward
+    handles = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)
     try:
-        yield
+        yield logits
     finally:
-        if own is None:
-            del model.forward
-        else:
-            model.forward = own
+        for handle in handles:
+            handle.remove()
 
 
 def _logits(outputs: Any) -> Tensor:
-    """The classification outputs: the tensor itself, `.logits`, the entry `out`, or the first of several."""
-    if hasattr(outputs, "logits"):
-        return outputs.logits
-    if isinstance(outputs, dict) and "out" in outputs:
-        return outputs["out"]
-    return tensors_in(outputs)[0]
+    """The classification outputs: the tensor itself, `logits` or `out` of several, else the first."""
+    if isinstance(outputs, Mapping):
+        for name in ("logits", "out"):
+            if name in outputs:
+                return outputs[name]
+    return outputs.logits if hasattr(outputs, "logits") else tensors_in(outputs)[0]
 
 
 def _loss_of(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return output["loss"] if isinstance(output, dict) else output[0]
+    loss = output
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif isinstance(output, Sequence) and output:
+        loss = output[0]
+    if not isinstance(loss, Tensor):
+        raise TrainingError(
+            "the training step must return a loss: a tensor, a sequence that begins with it, or a mapping "
+            f"with the key 'loss'; it returned {type(output).__name__}"
+        )
+    return loss
 
 
 def _with_loss(output: Any, loss: Tensor) -> Any:
     if isinstance(output, Tensor):
         return loss
-    return {**output, "loss": loss} if isinstance(output, dict) else (loss, *output[1:])
+    return {**output, "loss": loss} if isinstance(output, Mapping) else (loss, *output[1:])
 
 
-def _add_gradients(
-    gradients: dict[nn.Parameter, Tensor], model: nn.Module, cuts: list[Cut], loss: Tensor
-) -> None:
-    """Adds the gradients of `LOSS_SCALE * loss` to `gradients`, only to the active parts of each."""
-    if not loss.requires_grad:
-        return
-    cut = {id(c.parameter) for c in cuts}
-    whole = [Cut(p, (), p) for p in model.parameters() if p.requires_grad and id(p) not in cut]
-    uses = [*cuts, *whole]
-    found = torch.autograd.grad(loss * LOSS_SCALE, [use.part for use in uses], allow_unused=True)
-    with torch.no_grad():
-        for use, gradient in zip(uses, found, strict=True):
-            if gradient is not None:
-                if use.parameter not in gradients:
-                    gradients[use.parameter] = torch.zeros_like(use.parameter)
-                gradients[use.parameter][use.index] += gradient
+class _Gradients:
+    """The gradients of several passes, added up until `backward` reaches the loss of the step."""
+
+    def __init__(self, scale: _LossScale) -> None:
+        self.scale = scale
+        self.unit = scale.value  # everything here is multiplied by it
+        self.of: dict[Tensor, Tensor] = {}
+
+    def add(self, loss: Tensor, cuts: Sequence[Cut] = ()) -> None:
+        """Adds those of all leaves behind `loss`, of cut parameters only to the active part."""
+        leaves = _leaves(loss)
+        cut = {id(c.part): c for c in cuts}
+        if not leaves:
+            return
+        found = torch.autograd.grad(loss * self.unit, leaves)
+        for leaf, gradient in zip(leaves, found, strict=True):
+            c = cut.get(id(leaf))
+            if c is not None:
+                if c.parameter not in self.of:
+                    self.of[c.parameter] = torch.zeros_like(c.parameter)
+                self.of[c.parameter].data[c.index] += gradient
+            elif leaf in self.of:
+                self.of[leaf] += gradient
+            else:
+                self.of[leaf] = gradient.clone()  # may be shared with that of another leaf
+
+    def hand_over(self, loss: Tensor) -> Tensor:
+        """`loss`, whose `backward` delivers the gradients."""
+        return _HandOver.apply(loss, self, *self.of) if self.of else loss
 
 
-def _hand_over(loss: Tensor, gradients: dict[nn.Parameter, Tensor]) -> Tensor:
-    """`loss`, whose `backward` also delivers the gradients of the earlier passes, which it consumes."""
-    if not gradients:
-        return loss
-    return _HandOver.apply(loss, list(gradients.values()), *gradients)
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """The tensors that the gradient of `loss` would be accumulated in."""
+    leaves = []
+    nodes = [loss.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaves.append(node.variable)  # type: ignore[attr-defined]
+        for before, _ in node.next_functions:
+            if before not in seen:
+                seen.add(before)
+                nodes.append(before)
+    return leaves
 
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor], *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: _Gradients, *leaves: Tensor) -> Tensor:
         ctx.gradients = gradients
         return loss.clone()
 
@@ -301,4 +381,6 @@ class _HandOver(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward was called twice on the loss of one step; run the step again")
         gradients, ctx.gradients = ctx.gradients, None
-        return grad_output, None, *(g.mul_(grad_output / LOSS_SCALE) for g in gradients)
+        gradients.scale.observe(grad_output)
+        factor = grad_output / gradients.unit
+        return None, None, *(g.mul_(factor) for g in gradients.of.values())

@@ -35,12 +35,12 @@ Index = tuple["slice | Tensor", ...]
 
 @dataclass(frozen=True)
 class Cut:
-    """The active part of a parameter in one use of its layer.
+    """The active part of a parameter in one use of its layer, as a leaf of its own.
 
     Attributes:
         parameter: The whole parameter.
         index: Where the part lies: `parameter[index]` has its values.
-        part: The part that the layer computed with; gradients can be taken with respect to it.
+        part: What the layer computed with.
     """
 
     parameter: nn.Parameter
@@ -104,12 +104,13 @@ class Supernet:
     def at(self, widths: Mapping[str, int], cuts: list[Cut] | None = None) -> Iterator[nn.Module]:
         """Within the block the model computes as `shrink(model, groups, widths, order)` does, at its cost.
 
-        Re-entrant: leave the block before or after `backward`, as you like, unless the model recomputes
-        activations (`torch.utils.checkpoint`): then call `backward` inside.
+        Leave the block before or after `backward`, as you like, unless the model recomputes activations
+        (`torch.utils.checkpoint`): then call `backward` inside.
 
         Args:
             widths: Group name -> channels; a missing group keeps its full width.
-            cuts: Collects the active part of every parameter with a gradient, at each of its uses.
+            cuts: Where given, layers compute with detached active parts of their parameters, which are
+                collected here: gradients end in these instead of the parameters.
 
         Yields:
             The model.
@@ -237,9 +238,15 @@ class Supernet:
 
 
 class _Replacement:
-    """What a layer does instead of its forward; `forward` is the one that it replaces."""
+    """What a layer does instead of its `forward`.
+
+    Attributes:
+        forward: The one that it replaces.
+        own: The same, if the layer itself had it instead of its class.
+    """
 
     forward: Forward
+    own: Forward | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -284,6 +291,7 @@ class _Sliced(_Replacement):
             for name, index in self.parameters.items():
                 part = _take(parameters[name], index)
                 if self.cuts is not None and part.requires_grad:
+                    part = part.detach().requires_grad_()
                     self.cuts.append(Cut(parameters[name], index, part))
                 module._parameters[name] = part  # type: ignore[assignment]
             for name, index in self.buffers.items():
@@ -400,15 +408,16 @@ def _running(model: nn.Module, forwards: Mapping[nn.Module, _Replacement]) -> It
 
 def _install(forwards: Mapping[nn.Module, _Replacement]) -> None:
     for module, replacement in forwards.items():
-        replacement.forward = module.forward
+        replacement.forward, replacement.own = module.forward, vars(module).get("forward")
         module.forward = replacement
 
 
 def _remove(forwards: Mapping[nn.Module, _Replacement]) -> None:
     for module, replacement in forwards.items():
-        module.forward = replacement.forward
-        if getattr(replacement.forward, "__func__", None) is type(module).forward:
+        if replacement.own is None:
             del module.forward
+        else:
+            module.forward = replacement.own
 
 
 class _Select(torch.autograd.Function):

@@ -140,7 +140,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, epoch: i
     for name, parameter in model.named_parameters():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
-            tensors[f"momentum.{name}"] = momentum
+            tensors[f"momentum.{name}"] = momentum.contiguous()
     progress: dict[str, Any] = {"epoch": epoch}
     if isinstance(step, SupernetStep):
         progress["step"] = step.state_dict()
@@ -160,6 +160,8 @@ def load_checkpoint(
         with safe_open(str(path), "pt") as file:
             progress = json.loads(file.metadata()["progress"])
             epoch = progress["epoch"]
+            if step is not None and ("step" in progress) != isinstance(step, SupernetStep):
+                raise ValueError("it was written by another kind of training step")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         model.load_state_dict(
             {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}

@@ -18,6 +18,8 @@ COLUMNS = {
     "surgery_speed": {"params", "given_order_ms", "default_order_ms", "torch_pruning/default", "nni/default"},
     "grouping_speed": {"unverified_ms", "verified_ms", "torch_pruning_ms", "unverified/torch_pruning"},
     "budget_hit": {"fvcore_flops", "percent_of_budget", "groups_that_can_grow", "project_seconds"},
+    "supernet_speed": {"order", "measured", "ms", "against", "against_ms", "ratio"},
+    "supernet_memory": {"step", "order", "peak_mb", "gradients_mb", "of_plain", "of_aim"},
 }
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nni_dbs.evaluate import cumulative_batchnorm, recalibrate_batchnorm, saw_batches
+from nni_dbs.evaluate import cumulative_batchnorm, recalibrate_batchnorm, saw_batches, score
+from nni_dbs.supernet import Supernet
+from torch_pruning_adapters import find_channel_groups, prefix_order, shrink
 
 
 def make_model() -> nn.Sequential:
@@ -108,3 +111,165 @@ def test_a_layer_that_saw_no_batch_keeps_its_statistics() -> None:
     after = statistics(model)
     assert not torch.equal(after["1.running_mean"], before["1.running_mean"])
     assert torch.equal(after["5.running_mean"], before["5.running_mean"])
+
+
+# --- scores of a supernet's networks -------------------------------------------------------------------
+
+WIDTHS = ({"0": 5, "4": 3}, {"0": 2, "4": 6}, {}, {"0": 1}, {"4": 1})
+
+
+@functools.cache
+def make_supernet(ranked: bool = True) -> Supernet:
+    """In float64 and train mode, one layer in eval mode; never changed by a test that passes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Conv2d(6, 7, 3),
+        nn.BatchNorm2d(7, momentum=0.3),
+        nn.ReLU(),
+        nn.Conv2d(7, 4, 3),
+    ).double()
+    model(3 + torch.randn(8, 3, 8, 8, dtype=torch.float64))
+    groups = find_channel_groups(model, torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    model.train()[1].eval()
+    return Supernet(model, groups, None if ranked else prefix_order(groups))
+
+
+def double_batches(count: int = 5) -> list[Tensor]:
+    return [batch.double() for batch in make_batches(count)]
+
+
+def output_sum(model: nn.Module) -> float:
+    """A metric that hangs on every statistic, and that keeps the modes."""
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+    modes = [module.training for module in model.modules()]
+    model.eval()
+    with torch.no_grad():
+        value = float(model(images).abs().sum())
+    for module, training in zip(model.modules(), modes, strict=True):
+        module.training = training
+    return value
+
+
+def everything(model: nn.Module) -> tuple[dict[str, Tensor], list[bool], list[float | None]]:
+    modes = [module.training for module in model.modules()]
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}, modes, momenta
+
+
+def assert_untouched(
+    model: nn.Module, before: tuple[dict[str, Tensor], list[bool], list[float | None]]
+) -> None:
+    after = everything(model)
+    assert_same(after[0], before[0])
+    assert after[1:] == before[1:]
+    assert all(p.grad is None for p in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("ranked", [True, False], ids=["l2_order", "prefix_order"])
+def test_a_score_is_that_of_the_cut_and_recalibrated_network(ranked: bool, widths: dict[str, int]) -> None:
+    supernet = make_supernet(ranked)
+    before = everything(supernet.model)
+    cut = shrink(supernet.model, supernet.groups, widths, supernet.order)
+    stale = output_sum(cut)
+    recalibrate_batchnorm(cut, double_batches())
+    expected = output_sum(cut)
+    found = score(supernet, widths, output_sum, double_batches())
+    assert found == pytest.approx(expected, rel=1e-13)
+    assert abs(stale - expected) > 1e-3 * expected
+    assert_untouched(supernet.model, before)
+
+
+def test_the_metric_sees_the_narrow_network_and_its_result_is_returned() -> None:
+    supernet = make_supernet()
+
+    def evaluate(model: nn.Module) -> float:
+        assert model is supernet.model
+        shapes = []
+        handle = model[0].register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+        model(double_batches()[0])
+        handle.remove()
+        assert shapes == [(6, 2, 6, 6)]
+        return 0.125
+
+    before = everything(supernet.model)
+    assert score(supernet, {"0": 2}, evaluate, double_batches()) == 0.125
+    assert_untouched(supernet.model, before)
+
+
+def fail(model: nn.Module) -> float:
+    model(double_batches()[0])
+    raise RuntimeError("no metric")
+
+
+def train_and_leave(model: nn.Module) -> float:
+    model.train()
+    model(double_batches()[0])
+    return 1.0
+
+
+def evaluate_and_leave(model: nn.Module) -> float:
+    model.eval()
+    return 1.0
+
+
+@pytest.mark.parametrize("evaluate", [train_and_leave, evaluate_and_leave])
+def test_a_metric_may_leave_the_model_in_any_mode(evaluate: Callable[[nn.Module], float]) -> None:
+    supernet = make_supernet()
+    before = everything(supernet.model)
+    try:
+        score(supernet, WIDTHS[0], evaluate, double_batches())
+        assert_untouched(supernet.model, before)
+    finally:
+        make_supernet.cache_clear()
+
+
+def test_a_metric_that_fails_leaves_the_supernet_as_it_was() -> None:
+    supernet = make_supernet()
+    before = everything(supernet.model)
+    with pytest.raises(RuntimeError, match="no metric"):
+        score(supernet, WIDTHS[0], fail, double_batches())
+    assert_untouched(supernet.model, before)
+
+
+@pytest.mark.parametrize("batches", [[], [torch.zeros(1)]])
+def test_batches_that_fail_leave_the_supernet_as_it_was(batches: list[Tensor]) -> None:
+    supernet = make_supernet()
+    before = everything(supernet.model)
+    with pytest.raises((ValueError, RuntimeError)):
+        score(supernet, WIDTHS[0], output_sum, batches)
+    assert_untouched(supernet.model, before)
+
+
+@pytest.mark.parametrize(("images", "expected"), [(1, 1), (6, 1), (7, 2), (12, 2), (29, 5), (10_000, 8)])
+def test_batches_are_read_until_enough_images_were_seen(images: int, expected: int) -> None:
+    read = 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal read
+        for batch in double_batches(8):
+            read += 1
+            yield batch
+
+    supernet = make_supernet()
+    found = score(supernet, WIDTHS[0], output_sum, batches(), images)
+    assert read == expected
+    assert found == score(supernet, WIDTHS[0], output_sum, double_batches(8)[:expected])
+
+
+def test_the_order_of_the_batches_does_not_matter() -> None:
+    supernet, batches = make_supernet(), double_batches()
+    forward, backward = (score(supernet, WIDTHS[0], output_sum, b) for b in (batches, batches[::-1]))
+    assert forward == pytest.approx(backward, rel=1e-13)
+
+
+def test_scores_do_not_depend_on_those_taken_before() -> None:
+    supernet, batches = make_supernet(), double_batches()
+    scores = [score(supernet, widths, output_sum, batches) for widths in WIDTHS]
+    again = [score(supernet, widths, output_sum, batches) for widths in WIDTHS[::-1]][::-1]
+    assert scores == again and len(set(scores)) == len(scores)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nni_dbs import FlopsCost, ParamsCost
 from nni_dbs.cost import count_flops
+from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import find_channel_groups, shrink
 
 
@@ -127,3 +128,17 @@ def test_random_networks(model: nn.Module, seed: int) -> None:
     assert_same_outputs(small, zeroed(model, groups, widths, order), x)
     assert flops(widths) == count_flops(small, x)
     assert params(widths) == count_parameters(small)
+
+    supernet = Supernet(model, groups, order)
+    assert supernet.inexact == {}
+    with supernet.at(widths):
+        assert_same_outputs(model, small, x)
+        assert count_flops(model, x) == flops(widths)
+    with supernet.gated(supernet.gates_of(widths)):
+        assert_same_outputs(model, small, x)
+    others = random_widths(groups, seed + 1)
+    with supernet.parallel([widths, others]):
+        together = model(torch.cat([x, x]))
+    with supernet.at(others):
+        assert_same_outputs(model, lambda _: together[2:], x)
+    assert_same_outputs(small, lambda _: together[:2], x)

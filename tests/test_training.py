@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,10 @@ from torch.utils.data import TensorDataset
 
 from nni_dbs.config import Recipe
 from nni_dbs.errors import ResultError, TrainingError
+from nni_dbs.sampling import Step, draw_paths, spfs
+from nni_dbs.space import WidthSpace
+from nni_dbs.steps import SupernetStep
+from nni_dbs.supernet import Supernet
 from nni_dbs.training import (
     accuracy,
     load_checkpoint,
@@ -19,6 +28,7 @@ from nni_dbs.training import (
     training_loop,
     training_step,
 )
+from torch_pruning_adapters import prefix_order
 
 CPU = torch.device("cpu")
 
@@ -135,3 +145,116 @@ def test_accuracy_by_hand_and_the_mode_comes_back() -> None:
     dataset = TensorDataset(torch.zeros(8, 1), torch.tensor([0, 0, 0, 1, 1, 0, 0, 0]))
     assert accuracy(model, dataset, device=CPU, batch_size=3) == 75.0
     assert model.training
+
+
+# --- supernets ---------------------------------------------------------------------------------------
+
+LONG = Recipe(epochs=4, batch_size=10)  # 4 steps an epoch
+
+
+def _supernet_step(model: nn.Module, seed: int = 7, killed_at: int | None = None) -> SupernetStep:
+    """SPFS on the model; its process is killed while it takes step number `killed_at`."""
+    space = WidthSpace.from_model(model, torch.zeros(2, 3, 8, 8), min_ratio=0.3, divisor=1)
+    generator = torch.Generator().manual_seed(seed)
+    draws = draw_paths([space.sample(generator) for _ in range(12)], generator, 2)
+
+    def steps() -> Iterator[Step]:
+        for number, step in enumerate(spfs(space, draws), 1):
+            if number == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield step
+
+    supernet = Supernet(model, space.groups, prefix_order(space.groups))
+    return SupernetStep(supernet, steps(), training_step(0.1))
+
+
+def _train_supernet(
+    checkpoint: Path | None = None, seed: int = 7, killed_at: int | None = None
+) -> tuple[nn.Module, SupernetStep]:
+    model = _net()
+    step = _supernet_step(model, seed, killed_at)
+    loop = training_loop(_data(), LONG, device=CPU, checkpoint=checkpoint, quiet=True)
+    loop(model, sgd(model, LONG), step)
+    return model, step
+
+
+def _in_a_new_process(call: str) -> int:
+    """Return code of a process that evaluates `call` with the names of this file."""
+    here = Path(__file__)
+    code = f"import torch; torch.set_num_threads(1); from pathlib import Path; from {here.stem} import *; "
+    code += f"from {here.stem} import _train_supernet; {call}"
+    paths = os.pathsep.join([str(here.parent), str(here.parents[1])])
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, timeout=120)
+    return done.returncode
+
+
+def test_an_interrupted_supernet_training_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, whole_step = _train_supernet()
+    assert whole_step.state_dict() == {"taken": 16}
+    other, _ = _train_supernet(seed=8)
+    assert not _equal(other, whole)  # the networks of the steps matter
+
+    path = tmp_path / "supernet.safetensors"
+    saved = save_checkpoint
+
+    def interrupt(file: Path, model: nn.Module, optimizer: Any, epoch: int, *rest: Any) -> None:
+        saved(file, model, optimizer, epoch, *rest)
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nni_dbs.training.save_checkpoint", interrupt)
+        _train_supernet(path)
+    torch.manual_seed(123)  # nothing hangs on the global generator
+    resumed, step = _train_supernet(path)
+    assert _equal(resumed, whole)
+    assert step.state_dict() == {"taken": 16}
+    finished, step = _train_supernet(path)
+    assert _equal(finished, whole)
+    assert step.state_dict() == {"taken": 16}
+
+
+def test_a_killed_supernet_training_resumes_to_the_same_weights_in_a_new_process(tmp_path: Path) -> None:
+    whole, _ = _train_supernet()
+    path, final = tmp_path / "supernet.safetensors", tmp_path / "final.pt"
+    killed = _in_a_new_process(f"_train_supernet(Path({str(path)!r}), killed_at=10)")
+    assert killed == -signal.SIGKILL
+    assert load_checkpoint(path, _net()) == 2  # it died in the third epoch
+    assert not final.exists()
+    train = f"_train_supernet(Path({str(path)!r}))[0].state_dict()"
+    assert _in_a_new_process(f"torch.save({train}, {str(final)!r})") == 0
+    resumed = _net()
+    resumed.load_state_dict(torch.load(final))
+    assert _equal(resumed, whole)
+
+
+def test_a_supernet_does_not_resume_from_a_checkpoint_of_ordinary_training(tmp_path: Path) -> None:
+    model, path = _net(), tmp_path / "x.safetensors"
+    save_checkpoint(path, model, sgd(model, LONG), 1, training_step(0.1))
+    assert load_checkpoint(path, model, step=training_step(0.1)) == 1
+    with pytest.raises(ResultError, match=r"cannot resume from .*; delete it to start this stage again"):
+        load_checkpoint(path, model, step=_supernet_step(model))
+
+
+def test_a_supernet_that_is_ahead_of_its_checkpoint_does_not_resume(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    model, step = _train_supernet()
+    save_checkpoint(path, model, sgd(model, LONG), 1, _supernet_step(model))
+    with pytest.raises(ResultError, match="16 steps are taken already, more than the 0 to skip"):
+        load_checkpoint(path, model, step=step)
+
+
+def test_momentum_in_channels_last_is_saved_and_restored(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=2, batch_size=10)
+    model = _net().to(memory_format=torch.channels_last)
+    optimizer = sgd(model, recipe)
+    loop = training_loop(_data(), recipe, device=CPU, checkpoint=tmp_path / "x.safetensors", quiet=True)
+    loop(model, optimizer, training_step(0.1))
+    other = _net()
+    restored = sgd(other, recipe)
+    assert load_checkpoint(tmp_path / "x.safetensors", other, restored) == 2
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        buffers = [o.state[p]["momentum_buffer"] for o, p in ((optimizer, mine), (restored, theirs))]
+        assert torch.equal(*buffers)

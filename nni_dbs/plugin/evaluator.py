@@ -114,14 +114,14 @@ def train_supernet(
 ) -> Iterator[SupernetStep]:
     """Within the block the evaluator's training steps train the networks that `steps` names.
 
-    The model must be bound, without NNI's wrappers, and be that of the supernet; then call
-    `evaluator.train(max_steps, max_epochs)`. Works with `TorchEvaluator` (whose training function gets the
-    step and may save its state to resume), `LightningEvaluator` with automatic optimisation (strategy `ddp`
-    too) and `TransformersEvaluator`.
+    The model must be bound, without NNI's wrappers; then call `evaluator.train(max_steps, max_epochs)`. Works
+    with `TorchEvaluator` (whose training function gets the `SupernetStep` and may save its state to resume),
+    and, after `repair`, with `LightningEvaluator` (automatic optimisation; strategy `ddp` too) and
+    `TransformersEvaluator`.
 
     Args:
-        evaluator: Bound.
-        supernet: Of the bound model.
+        evaluator: Bound to the supernet's model, or to a module that contains it.
+        supernet: What to train.
         steps: From `nni_dbs.sampling`.
         distill: See `SupernetStep`.
 
@@ -129,15 +129,22 @@ def train_supernet(
         The step that takes the place of the user's.
 
     Raises:
-        EvaluatorError: Another model is bound, or none.
+        EvaluatorError: Another model is bound, or none; or Lightning's optimisation is manual.
     """
-    if getattr(evaluator, "model", None) is not supernet.model:
+    bound = getattr(evaluator, "model", None)
+    if bound is None or all(module is not supernet.model for module in bound.modules()):
         raise EvaluatorError("bind the supernet's model to the evaluator before training the supernet")
     owner: Any
     if isinstance(evaluator, LightningEvaluator):
-        owner, name = supernet.model, "training_step"
+        if not bound.automatic_optimization:
+            raise EvaluatorError(
+                "a supernet needs automatic optimization, for several networks share one backward pass; "
+                "remove `self.automatic_optimization = False`"
+            )
+        owner, name = bound, "training_step"
     elif isinstance(evaluator, TransformersEvaluator):
         owner, name = evaluator.trainer, "compute_loss"
+        distill = _per_accumulated_batch(distill, evaluator.trainer)
     else:
         owner, name = evaluator, "_training_step"
     own = vars(owner).get(name)
@@ -145,8 +152,7 @@ def train_supernet(
 
     @functools.wraps(step.training_step)  # Lightning and Transformers inspect signatures
     def training_step(*args: Any, **kwargs: Any) -> Any:
-        evaluating = owner is not evaluator and not supernet.model.training  # Transformers shares one method
-        return step.training_step(*args, **kwargs) if evaluating else step(*args, **kwargs)
+        return step(*args, **kwargs)
 
     setattr(owner, name, step if owner is evaluator else training_step)
     try:
@@ -156,6 +162,18 @@ def train_supernet(
             delattr(owner, name)
         else:
             setattr(owner, name, own)
+
+
+def _per_accumulated_batch(distill: Distill, trainer: Any) -> Distill:
+    """Divides by the number of accumulated batches where a Trainer leaves that to the loss."""
+
+    def divided(student: Tensor, teacher: Tensor) -> Tensor:
+        loss = distill(student, teacher)
+        if trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None:
+            loss = loss / trainer.current_gradient_accumulation_steps
+        return loss
+
+    return divided
 
 
 @contextmanager

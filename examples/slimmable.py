@@ -1,0 +1,60 @@
+"""One network for every width: trained once by the sandwich rule, narrowed afterwards without more training.
+
+    python -m examples.slimmable
+
+A loop as anyone writes it; only its training step is wrapped. The narrow networks share the weights of the
+full one, so a single training gives the whole curve of accuracy over FLOPs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.cifar_resnet import resnet20
+from nni_dbs import FlopsCost, Supernet, SupernetStep, WidthSpace
+from nni_dbs.data import digits, loader
+from nni_dbs.evaluate import score
+from nni_dbs.sampling import sandwich
+from nni_dbs.training import accuracy
+from torch_pruning_adapters import prefix_order
+
+EPOCHS = 8
+CPU = torch.device("cpu")
+
+
+def training_step(batch: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+torch.manual_seed(0)
+splits = digits(seed=0)
+model = resnet20(num_classes=splits.num_classes)
+example = torch.zeros(1, *splits.input_shape)
+
+space = WidthSpace.from_model(model, example, min_ratio=0.25, divisor=4)
+supernet = Supernet(model, space.groups, prefix_order(space.groups))
+step = SupernetStep(supernet, sandwich(space, torch.Generator().manual_seed(0)), training_step)
+
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+schedule = torch.optim.lr_scheduler.OneCycleLR(
+    optimizer, 0.05, epochs=EPOCHS, steps_per_epoch=len(loader(splits.train, 64, drop_last=True))
+)
+model.train()
+for epoch in range(EPOCHS):
+    for batch in loader(splits.train, 64, shuffle=True, seed=epoch, drop_last=True):
+        optimizer.zero_grad()
+        loss = step(batch, model)  # was: training_step(batch, model)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(f"epoch {epoch + 1}: loss {loss.item():.3f}, summed over the networks of the last step")
+
+flops = FlopsCost(model, example, space.groups)
+for ratio in (1.0, 0.75, 0.5, 0.25):
+    widths = space.uniform(ratio)
+    images = (images for images, _ in loader(splits.train, 64))
+    found = score(supernet, widths, lambda m: accuracy(m, splits.test, device=CPU), images)
+    print(f"width {ratio:.0%}: {flops(widths):>12,} FLOPs, {found:.1f} % of the test digits")
