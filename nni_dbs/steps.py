@@ -292,12 +292,14 @@ def _replicated(model: nn.Module, parts: int) -> Iterator[list[Tensor]]:
 
 
 def _logits(outputs: Any) -> Tensor:
-    """The classification outputs: the tensor itself, `logits` or `out` of several, else the first."""
+    """The classification outputs: the tensor itself, `logits` or `out` of several, else the first batch."""
     if isinstance(outputs, Mapping):
         for name in ("logits", "out"):
             if name in outputs:
                 return outputs[name]
-    return outputs.logits if hasattr(outputs, "logits") else tensors_in(outputs)[0]
+    if hasattr(outputs, "logits"):
+        return outputs.logits
+    return next(t for t in tensors_in(outputs) if t.dim() > 1)
 
 
 def _loss_of(output: Any) -> Tensor:

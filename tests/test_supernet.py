@@ -394,9 +394,8 @@ def test_frozen_parameters_get_no_gradient(order: str, running: str) -> None:
     for parameter in frozen:
         parameter.requires_grad_(False)
     widths = narrow(supernet)
-    cuts: list[Cut] = []
     block = {
-        "at": lambda: supernet.at(widths, cuts),
+        "at": lambda: supernet.at(widths),
         "gated": lambda: supernet.gated(supernet.gates_of(widths)),
         "parallel": lambda: supernet.parallel([widths, widths]),
     }[running]
@@ -404,6 +403,10 @@ def test_frozen_parameters_get_no_gradient(order: str, running: str) -> None:
         loss_of(model, x).backward()
     assert all(p.grad is None and not p.requires_grad for p in frozen)
     assert all(p.grad is not None for p in model.parameters() if all(p is not f for f in frozen))
+    cuts: list[Cut] = []
+    with supernet.at(widths, cuts):
+        loss_of(model, x)
+    assert cuts
     assert not any(cut.parameter is f for cut in cuts for f in frozen)
 
 
@@ -425,16 +428,22 @@ def test_cuts_are_the_active_parts_at_each_use(name: str, order: str) -> None:
     assert set(cut_names) == {key for key, p in model.named_parameters() if len(where[key]) < p.numel()}
     uses = {key: cut_names.count(key) for key in set(cut_names)}
     assert set(uses.values()) == ({1, 2} if name == "shared" else {1})
-    parts = torch.autograd.grad(loss, [cut.part for cut in cuts], retain_graph=True)
     loss.backward()
+    ended = gradients(model)
+    with supernet.at(widths):
+        loss_of(model, x).backward()
     for key, p in model.named_parameters():
-        if key in uses:
-            assert p.grad is not None
-            whole = torch.zeros_like(p)
-            for cut, part in zip(cuts, parts, strict=True):
-                if cut.parameter is p:
-                    whole[cut.index] += part
-            torch.testing.assert_close(p.grad, whole, rtol=1e-12, atol=1e-15)
+        if key not in uses:
+            assert torch.equal(ended[key], p.grad)
+            continue
+        assert ended[key] is None
+        whole = torch.zeros_like(p)
+        for cut in cuts:
+            if cut.parameter is p:
+                assert cut.part.is_leaf
+                with torch.no_grad():
+                    whole[cut.index] += cut.part.grad
+        torch.testing.assert_close(p.grad, whole, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["plain", "resnet20", "mobilenet_v2", "layer_norm", "shared"])

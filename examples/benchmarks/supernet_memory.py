@@ -3,8 +3,9 @@
 Counted are all bytes that torch's allocator hands out between the start of a step, when no parameter has a
 gradient, and the end of its backward pass: its records of every allocation and release, from torch's
 profiler, are added up, and the largest sum is the peak. This misses nothing that tensors and kernels take
-(oneDNN's buffers come from the same allocator), needs no sampling, and gives the same number in every run;
-the resident set of the process would add what the system's allocator keeps for later. Parameters and the
+(oneDNN's buffers come from the same allocator), needs no sampling, and does not depend on the load of the machine;
+the resident set of the process would add what the system's allocator keeps for later. The largest of
+`repeats` counts is reported. Parameters and the
 batch are there before and do not count.
 
 Steps (batch of 32, widths multiples of 8):
@@ -97,7 +98,7 @@ def measure(name: str, image_size: int, batch_size: int, repeats: int) -> list[R
 
 
 def main() -> None:
-    args = arguments(__doc__, repeats=3)
+    args = arguments(__doc__, repeats=2)
     one_thread()
     models = ("resnet18",) if args.quick else MODELS
     image_sizes, batch_size = ((32,), 8) if args.quick else ((64, 128), 32)

@@ -6,9 +6,9 @@ and of `channel_order`:
 * passes: forward and backward inside of `supernet.at`, the block's entry included, against the same of the
   network that `shrink` cuts. Aim: at most 1.15 times as long.
 * sandwich steps of 4 networks (the largest, two random ones, the smallest): by masking, where every pass runs
-  at full width through `supernet.gated`, against `SupernetStep`. The losses are the same; the networks are
-  drawn anew for each step, so that kernels for new shapes are prepared as in training. Aim: at least 1.8
-  times as long.
+  at full width through `supernet.gated`, against `SupernetStep`. The losses are the same. The networks are
+  drawn anew for each step, so that kernels are prepared for new shapes as in training, or the same in every
+  step. Aim: at least 1.8 times as long.
 * parallel steps of 4 networks, each on a quarter of the images, against the serial sandwich, where each
   network sees all of them, and against serial passes over the quarters.
 * changing all widths: entering and leaving `supernet.at`, and all that slicing costs in a step (that, the
@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from itertools import cycle
+from itertools import cycle, repeat
 from typing import Any
 
 import torch
@@ -168,23 +168,22 @@ def passes(name: str, ratio: float, image_size: int, batch_size: int, repeats: i
 
 
 def sandwich_steps(name: str, image_size: int, batch_size: int, repeats: int) -> list[Row]:
-    """One row for each order."""
+    """Two rows for each order."""
     space, found = supernets(name)
     batch = random_batch(batch_size, image_size)
 
     def steps() -> Iterator[Step]:
         return sandwich(space, torch.Generator().manual_seed(0), NETWORKS)
 
-    ms = milliseconds(
-        {
-            "masked": masked_step(found["prefix"], steps(), batch),
-            **{order: supernet_step(supernet, steps(), batch) for order, supernet in found.items()},
-        },
-        repeats,
-    )
+    functions = {"masked": masked_step(found["prefix"], steps(), batch)}
+    for order, supernet in found.items():
+        functions[f"new {order}"] = supernet_step(supernet, steps(), batch)
+        functions[f"same {order}"] = supernet_step(supernet, repeat(next(steps())), batch)
+    ms = milliseconds(functions, repeats)
     return [
-        row(name, image_size, order, "masked sandwich", ms["masked"], "sandwich", ms[order])
+        row(name, image_size, order, "masked sandwich", ms["masked"], against, ms[f"{draw} {order}"])
         for order in found
+        for draw, against in (("new", "sandwich"), ("same", "sandwich, same networks"))
     ]
 
 
