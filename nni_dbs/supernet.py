@@ -11,6 +11,7 @@ that channel groups touch is replaced, and it comes back when the block ends, ho
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -238,7 +239,7 @@ class Supernet:
 
 
 class _Replacement:
-    """What a layer does instead of its `forward`.
+    """What a layer does instead of its `forward`; copies of the layer get the original.
 
     Attributes:
         forward: The one that it replaces.
@@ -247,6 +248,12 @@ class _Replacement:
 
     forward: Forward
     own: Forward | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        return copy.deepcopy(self.forward, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.forward.__self__, self.forward.__name__)  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
@@ -289,13 +296,9 @@ class _Sliced(_Replacement):
         sizes = {name: vars(module)[name] for name in self.sizes}
         try:
             for name, index in self.parameters.items():
-                part = _take(parameters[name], index)
-                if self.cuts is not None and part.requires_grad:
-                    part = part.detach().requires_grad_()
-                    self.cuts.append(Cut(parameters[name], index, part))
-                module._parameters[name] = part  # type: ignore[assignment]
+                module._parameters[name] = self._part(parameters[name], index)  # type: ignore[assignment]
             for name, index in self.buffers.items():
-                module._buffers[name] = buffers[name][index]
+                module._buffers[name] = _take(buffers[name], index)
             vars(module).update(self.sizes)
             return self.forward(*args, **kwargs)
         finally:
@@ -307,6 +310,13 @@ class _Sliced(_Replacement):
                     # unseen by autograd, as BatchNorm's own updates: graphs of other widths stay valid
                     buffers[name].data[index] = active
             module._parameters.update(parameters)
+
+    def _part(self, parameter: nn.Parameter, index: Index) -> Tensor:
+        if self.cuts is None or not (parameter.requires_grad and torch.is_grad_enabled()):
+            return _take(parameter, index)
+        part = _take(parameter.detach(), index).requires_grad_()
+        self.cuts.append(Cut(parameter, index, part))
+        return part
 
 
 class _Gated(_Replacement):
@@ -342,10 +352,11 @@ class _Gated(_Replacement):
 
     def _factors(self, x: Tensor) -> Tensor:
         """The gates of the axis, in the shape and precision of `x`."""
-        rows = max((len(gate) for gate in self.gates if gate.dim() == 2), default=None)
-        gates = self.gates
-        if rows is not None and any(gate.dim() == 1 for gate in gates):
-            gates = [gate.expand(rows, -1) for gate in gates]
+        rows = {len(gate) for gate in self.gates if gate.dim() == 2}
+        wrong = rows - {1, len(x)}
+        if wrong and self.parts is None:
+            raise DataError(f"gates for a batch of {max(wrong)} met {len(x)} samples at layer {self.layer!r}")
+        gates = [gate.expand(max(rows), -1) for gate in self.gates] if rows else self.gates
         if self.open:  # entries of no group
             gates = [*gates, gates[0].new_ones(*gates[0].shape[:-1], 1)]
         factors = torch.cat(gates, dim=-1) if len(gates) > 1 else gates[0]
@@ -353,8 +364,6 @@ class _Gated(_Replacement):
             factors = factors.index_select(-1, self.channels)
         if self.parts is not None:
             factors = factors.repeat_interleave(_part_size(self.layer, x, self.parts), dim=0)
-        elif rows is not None and rows not in (1, len(x)):
-            raise DataError(f"gates for a batch of {rows} met {len(x)} samples at layer {self.layer!r}")
         shape = [1] * x.dim()
         shape[1 if self.convolves else -1] = -1
         if factors.dim() == 2:
@@ -426,12 +435,7 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, index: Index) -> Tensor:
         ctx.index, ctx.size, ctx.stride = index, tensor.shape, tensor.stride()
-        for dim, entries in enumerate(index):
-            if isinstance(entries, Tensor):
-                tensor = tensor.index_select(dim, entries.flatten())
-            else:
-                tensor = tensor[(slice(None),) * dim + (entries,)]
-        return tensor
+        return _select(tensor, index)
 
     @staticmethod
     @once_differentiable
@@ -441,8 +445,22 @@ class _Select(torch.autograd.Function):
         return whole, None
 
 
+def _select(tensor: Tensor, index: Index) -> Tensor:
+    """`tensor[index]`, one dimension after another, which is faster."""
+    for dim, entries in enumerate(index):
+        if isinstance(entries, Tensor):
+            tensor = tensor.index_select(dim, entries.flatten())
+        else:
+            tensor = tensor[(slice(None),) * dim + (entries,)]
+    return tensor
+
+
 def _take(tensor: Tensor, index: Index) -> Tensor:
-    return tensor[index] if _is_view(index) else _Select.apply(tensor, index)
+    if _is_view(index):
+        return tensor[index]
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return _Select.apply(tensor, index)
+    return _select(tensor, index)
 
 
 def _is_view(index: Index) -> bool:

@@ -3,10 +3,9 @@
 Counted are all bytes that torch's allocator hands out between the start of a step, when no parameter has a
 gradient, and the end of its backward pass: its records of every allocation and release, from torch's
 profiler, are added up, and the largest sum is the peak. This misses nothing that tensors and kernels take
-(oneDNN's buffers come from the same allocator), needs no sampling, and does not depend on the load of the machine;
-the resident set of the process would add what the system's allocator keeps for later. The largest of
-`repeats` counts is reported. Parameters and the
-batch are there before and do not count.
+(oneDNN's buffers come from the same allocator), needs no sampling, and does not depend on the load of the
+machine; the resident set of the process would add what the system's allocator keeps for later. The largest
+of `repeats` counts is reported. Parameters and the batch are there before and do not count.
 
 Steps (batch of 32, widths multiples of 8):
 

@@ -787,6 +787,21 @@ class TestLightning:
         assert same(state, twin.state_dict())
 
     @pytest.mark.parametrize("rule", RULES)
+    def test_a_part_of_the_module_may_be_the_supernet(self, rule: str, tmp_path: Path) -> None:
+        class Own(lightning_module()):
+            def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+                return functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        model = Own()
+        expected = trained_by_hand(model.net, rule, 3, torch_loss)
+        evaluator = lightning_evaluator(model, tmp_path)
+        evaluator.bind_model(model)
+        supernet = supernet_of(model.net)
+        with train_supernet(evaluator, supernet, steps_of(supernet, rule)):
+            evaluator.train(max_steps=3)
+        assert same(model.net.state_dict(), expected)
+
+    @pytest.mark.parametrize("rule", RULES)
     def test_a_training_step_past_the_modules_forward(self, rule: str, tmp_path: Path) -> None:
         class Own(lightning_module()):
             def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
