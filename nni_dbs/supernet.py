@@ -186,12 +186,14 @@ class Supernet:
             yield self.model
 
     def gates_of(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
-        """Gates of 0 and 1 that stand for hard widths: group name -> (C,)."""
+        """Gates of 0 and 1 that stand for hard widths: name of each group that is not frozen -> (C,)."""
+        kept = self._kept(widths)
         parameter = next(self.model.parameters())
         gates = {}
-        for g, kept in zip(self.groups, self._kept(widths).values(), strict=True):
-            gates[g.name] = torch.zeros(g.size, dtype=parameter.dtype, device=parameter.device)
-            gates[g.name][torch.from_numpy(kept)] = 1
+        for g in self.groups:
+            if g.frozen is None:
+                gates[g.name] = torch.zeros(g.size, dtype=parameter.dtype, device=parameter.device)
+                gates[g.name][torch.from_numpy(kept[g.name])] = 1
         return gates
 
     def by_rank(self, name: str, factors: Tensor) -> Tensor:

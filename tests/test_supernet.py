@@ -1289,3 +1289,17 @@ def test_a_model_pickled_inside_of_the_block_is_the_whole_network() -> None:
     with Supernet(model, groups).at({g.name: g.size // 2 for g in groups}):
         text = pickle.dumps(model)
     assert torch.equal(pickle.loads(text)(x), model(x))
+
+
+def test_a_frozen_group_runs_in_full() -> None:
+    model, x, groups = made("residual")
+    frozen = tuple(
+        dataclasses.replace(g, frozen="reaches the output") if g.name == "a" else g for g in groups
+    )
+    supernet = Supernet(model, frozen)
+    gates = supernet.gates_of({"stem": 3})
+    assert list(gates) == ["stem"]
+    small = shrink(model, frozen, {"stem": 3}, supernet.order)
+    for block in (supernet.at({"stem": 3}), supernet.gated(gates), supernet.parallel([{"stem": 3}])):
+        with block:
+            torch.testing.assert_close(model(x), small(x), rtol=1e-9, atol=1e-12)
