@@ -6,9 +6,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 
+from nni_dbs.data import digits, loader
 from nni_dbs.evaluate import cumulative_batchnorm, recalibrate_batchnorm, saw_batches, score
+from nni_dbs.sampling import sandwich
+from nni_dbs.space import WidthSpace
+from nni_dbs.steps import SupernetStep
 from nni_dbs.supernet import Supernet
+from nni_dbs.training import accuracy
 from torch_pruning_adapters import find_channel_groups, prefix_order, shrink
 
 
@@ -273,3 +279,41 @@ def test_scores_do_not_depend_on_those_taken_before() -> None:
     scores = [score(supernet, widths, output_sum, batches) for widths in WIDTHS]
     again = [score(supernet, widths, output_sum, batches) for widths in WIDTHS[::-1]][::-1]
     assert scores == again and len(set(scores)) == len(scores)
+
+
+@pytest.mark.slow
+def test_disjoint_calibration_images_agree_within_a_point() -> None:
+    """And narrow networks cannot be judged without them."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for channels, width in ((3, 16), (16, 24), (24, 32)):
+        layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+    splits = digits()
+    space = WidthSpace.from_model(model, torch.zeros(1, *splits.input_shape), min_ratio=0.25, divisor=1)
+    supernet = Supernet(model, space.groups)
+    generator = torch.Generator().manual_seed(0)
+    step = SupernetStep(
+        supernet, sandwich(space, generator), lambda b, m: nn.functional.cross_entropy(m(b[0]), b[1])
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.train()
+    for epoch in range(12):
+        for batch in loader(splits.train, 64, shuffle=True, seed=epoch, drop_last=True):
+            optimizer.zero_grad()
+            step(batch, model).backward()
+            optimizer.step()
+
+    held_out = ConcatDataset([splits.validation, splits.test])
+
+    def evaluate(model: nn.Module) -> float:
+        return accuracy(model, held_out, device=torch.device("cpu"))
+
+    images = torch.stack([image for image, _ in splits.train])
+    for ratio in (1, 0.75, 0.5, 0.25):
+        widths = space.uniform(ratio)
+        scores = [score(supernet, widths, evaluate, half.split(64)) for half in images.chunk(2)]
+        assert abs(scores[0] - scores[1]) < 1
+        assert min(scores) > 90
+    with supernet.at(widths):
+        assert evaluate(model) < min(scores) - 5
