@@ -36,4 +36,4 @@ class ResultError(UserError):
 
 
 class TrainingError(UserError):
-    """Training that went wrong: the loss is not finite."""
+    """Training that went wrong: a loss that is not finite, or a training step that a supernet cannot use."""

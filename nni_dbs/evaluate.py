@@ -6,7 +6,7 @@ activations, and its accuracy cannot be read before they are estimated again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ def score(
     supernet: Supernet,
     widths: Mapping[str, int],
     evaluate: Callable[[nn.Module], float],
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Sequence[Tensor]],
     images: int = CALIBRATION_IMAGES,
 ) -> float:
     """What `evaluate` says of the supernet at `widths`, after its BatchNorm was recalibrated.
@@ -34,19 +34,20 @@ def score(
         supernet: The trained supernet.
         widths: Group name -> channels.
         evaluate: Gets the model, which computes at these widths meanwhile.
-        batches: Training images (B, ...), iterated anew for every score; as `recalibrate_batchnorm`.
+        batches: Of training images, iterated anew for every score; as `recalibrate_batchnorm`.
         images: As `recalibrate_batchnorm`.
     """
     with supernet.at(widths) as model, _kept(model):
         recalibrate_batchnorm(model, batches, images)
-        return evaluate(model)
+        with torch.no_grad():
+            return evaluate(model)
 
 
 @contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
-    """Gives modules their modes and BatchNorm its statistics back."""
+    """Gives modules their modes and buffers back."""
     modes = {module: module.training for module in model.modules()}
-    buffers = [b for m in modes if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
+    buffers = list(model.buffers())
     old = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -93,7 +94,7 @@ def saw_batches(layer: _BatchNorm) -> bool:
 
 @torch.no_grad()
 def recalibrate_batchnorm(
-    model: nn.Module, batches: Iterable[Tensor], images: int = CALIBRATION_IMAGES
+    model: nn.Module, batches: Iterable[Tensor | Sequence[Tensor]], images: int = CALIBRATION_IMAGES
 ) -> None:
     """Re-estimate the BatchNorm statistics of `model` as the exact average over batches.
 
@@ -102,7 +103,8 @@ def recalibrate_batchnorm(
 
     Args:
         model: The network as it will be used, so a supernet inside of `Supernet.at`.
-        batches: Training images (B, ...), augmented as in training; batches as large as in training.
+        batches: Training images (B, ...) on the model's device, augmented and in batches as in training; of
+            pairs such as (images, labels), the first part is taken. A list or loader, for reuse.
         images: Stop when at least so many were seen (fewer if `batches` ends). With too few, scores carry
             the luck of the draw.
 
@@ -117,8 +119,9 @@ def recalibrate_batchnorm(
             layer.train()
         seen = 0
         for batch in batches:
-            model(batch)
-            seen += len(batch)
+            inputs = batch if isinstance(batch, Tensor) else batch[0]
+            model(inputs)
+            seen += len(inputs)
             if seen >= images:
                 break
         if seen == 0:

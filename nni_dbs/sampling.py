@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from nni_dbs.cost import PolynomialCost
+from nni_dbs.errors import ConfigError
 from nni_dbs.space import Widths, WidthSpace
 
 Draws = Iterator[tuple[Widths, ...]]
@@ -55,7 +56,8 @@ class Step:
 
     def __post_init__(self) -> None:
         if not self.networks:
-            raise ValueError("a step needs at least one network")
+            raise ConfigError("a step needs at least one network")
+        object.__setattr__(self, "networks", tuple(map(Widths, self.networks)))
 
 
 def single(widths: Widths) -> Iterator[Step]:
@@ -76,7 +78,7 @@ def sandwich(space: WidthSpace, generator: torch.Generator, networks: int = 4) -
     comes first, for the others learn from it.
     """
     if networks < 2:
-        raise ValueError(f"a sandwich has at least 2 networks, not {networks}")
+        raise ConfigError(f"a sandwich has at least 2 networks, not {networks}")
     while True:
         drawn = [space.sample(generator) for _ in range(networks - 2)]
         yield Step((space.largest(), *drawn, space.smallest()), distilled=True)
@@ -136,7 +138,7 @@ def draw_paths(pool: Sequence[Widths], generator: torch.Generator, per_step: int
     """
     points = tuple(dict.fromkeys(pool))
     if not 1 <= per_step <= len(points):
-        raise ValueError(
+        raise ConfigError(
             f"cannot draw {per_step} different paths a step from {len(points)}; give more starting points"
         )
 
@@ -173,9 +175,11 @@ def draw_options(
     choices = [space.choices(g.name) for g in space.groups]
     length = max((len(c) for c in choices), default=0)
     if not 1 <= per_step <= length:
-        raise ValueError(f"cannot draw {per_step} paths a step from cycles of {length}; draw fewer")
+        raise ConfigError(f"cannot draw {per_step} paths a step from cycles of {length}; draw fewer")
     if (cost is None) != (target is None):
-        raise ValueError("give cost and target together, or neither")
+        raise ConfigError("give cost and target together, or neither")
+    if target is not None and target <= 0:
+        raise ConfigError(f"target must be a positive cost, not {target}")
 
     def cycles() -> Iterator[list[Widths]]:
         left = [torch.empty(0, dtype=torch.float64) for _ in choices]  # of each group's permutation

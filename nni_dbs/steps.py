@@ -1,17 +1,18 @@
 """A training step over several sub-networks behind one loss.
 
 A loop calls a training step, then `backward` on the loss it got, and knows nothing of sub-networks. The
-gradients of each pass are computed at once and added up, so that only one pass' activations are alive at a
-time, and handed over when the caller's `backward` reaches the returned loss. `zero_grad` before or after the
-training step, a `GradScaler`, gradient accumulation, activation checkpointing (`use_reentrant=False`) and
-`DistributedDataParallel` (one reduction for all passes) work as in ordinary training.
+gradients of all passes but the last are computed at once and added up, so that only one pass' activations are
+alive at a time, and handed over when the caller's `backward` reaches the returned loss. `zero_grad` before or
+after the training step, a `GradScaler`, gradient accumulation, hooks of parameters, activation checkpointing
+(`use_reentrant=False`) and `DistributedDataParallel` (one reduction for all passes) work as in ordinary
+training. Not so, losses that differentiate by the parameters themselves.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -33,13 +34,21 @@ Distill = Callable[[Tensor, Tensor], Tensor]
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(softmax(teacher) || softmax(student)) at temperature 1, averaged over all but the classes.
 
-    In-place distillation (Yu & Huang, "Universally Slimmable Networks", 2019). No gradient reaches the
-    teacher.
+    In-place distillation (Yu & Huang, "Universally Slimmable Networks", 2019), for classification and
+    segmentation. No gradient reaches the teacher.
 
     Args:
-        student: (B, K, ...) logits.
+        student: Logits (B, K) or (B, K, H, W) of K classes.
         teacher: Same shape.
+
+    Raises:
+        TrainingError: Other shapes, or a single class.
     """
+    if student.dim() not in (2, 4) or student.shape[1] < 2:
+        raise TrainingError(
+            f"cannot distil outputs of shape {tuple(student.shape)} as (batch, classes, ...) logits; "
+            "give distill= a loss of your own, such as binary_cross_entropy or mse_loss"
+        )
     log_p, log_q = F.log_softmax(teacher.detach(), dim=1), F.log_softmax(student, dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
@@ -71,16 +80,17 @@ class SupernetStep:
     def __init__(
         self,
         supernet: Supernet,
-        steps: Iterator[Step],
+        steps: Iterable[Step],
         training_step: Callable[..., Any],
         distill: Distill = kl_divergence,
     ) -> None:
         self.supernet = supernet
-        self.steps = steps
+        self.steps = iter(steps)
         self.training_step = training_step
         self.distill = distill
         self.taken = 0
-        self._scale = _LossScale()
+        self._last: Step | None = None
+        self._scale = LossScale()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # an evaluation by the same function
@@ -101,7 +111,7 @@ class SupernetStep:
             return _loss_of(output)
 
         try:
-            step = next(self.steps)
+            self._last = step = next(self.steps)
         except StopIteration:
             raise TrainingError(
                 f"the rule ended after {self.taken} steps; give an endless one, as in nni_dbs.sampling"
@@ -114,16 +124,27 @@ class SupernetStep:
         return _with_loss(first[0], loss)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken: all that a rule needs to go on, if its generator is seeded alike."""
-        return {"taken": self.taken}
+        """What a rule needs to go on, if its generator is seeded alike; JSON."""
+        last = () if self._last is None else self._last.networks
+        return {"taken": self.taken, "last": [dict(widths) for widths in last]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Skips the steps that were taken before; call it on a step made anew with the same seed."""
-        skipped = state["taken"] - self.taken
-        if skipped < 0:
-            raise ValueError(f"{self.taken} steps are taken already, more than the {state['taken']} to skip")
-        next(islice(self.steps, skipped, skipped), None)
-        self.taken = state["taken"]
+        """Skips the steps that were taken before; call it on a step made anew with the same seed.
+
+        Raises:
+            TrainingError: The rule draws other steps than before, or more steps are taken already.
+        """
+        if state["taken"] < self.taken:
+            raise TrainingError(
+                f"{self.taken} steps are taken already, more than the {state['taken']} to go on after"
+            )
+        for step in islice(self.steps, state["taken"] - self.taken):
+            self._last, self.taken = step, self.taken + 1
+        if self.state_dict() != state:
+            raise TrainingError(
+                f"cannot go on after step {state['taken']}: the rule draws other networks than before; make "
+                "it anew with the same seed and the same space"
+            )
 
 
 class _SkippedError(Exception):
@@ -131,11 +152,15 @@ class _SkippedError(Exception):
 
 
 def _fresh(value: Any) -> Any:
-    """A shallow copy of a batch that the training step may take entries out of."""
-    return copy.copy(value) if isinstance(value, (MutableMapping, list)) else value
+    """A copy of a batch's containers, which the training step may take entries out of."""
+    if isinstance(value, MutableMapping):
+        fresh = copy.copy(value)
+        fresh.update({name: _fresh(part) for name, part in value.items()})
+        return fresh
+    return [_fresh(part) for part in value] if type(value) is list else value
 
 
-class _LossScale:
+class LossScale:
     """What the caller last multiplied the loss by before `backward`, as a GradScaler does.
 
     Losses are differentiated at this scale, so that small float16 gradients survive as in ordinary training.
@@ -155,7 +180,7 @@ def step_loss(
     step: Step,
     compute_loss: Callable[[], Tensor],
     distill: Distill = kl_divergence,
-    scale: _LossScale | None = None,
+    scale: LossScale | None = None,
 ) -> Tensor:
     """The loss of one step: the sum over its networks, or the mean over the batch where they run in parallel.
 
@@ -166,25 +191,26 @@ def step_loss(
         distill: See `SupernetStep`.
         scale: Kept from step to step by `SupernetStep`.
     """
-    gradients = _Gradients(scale or _LossScale())
+    gradients = _Gradients(supernet, scale or LossScale())
     if step.parallel:
         return gradients.hand_over(_parallel_loss(supernet, step, compute_loss, distill, gradients))
     networks = tuple(dict.fromkeys(step.networks))
     teacher: _Record | None = None
-    losses = []
+    total: Tensor | None = None
     for widths in networks:
-        # DistributedDataParallel may look for the parameters in the graph of the last forward pass
-        cuts: list[Cut] | None = None if widths is networks[-1] else []
-        recorded = _recorded(supernet.model) if step.distilled else nullcontext()
-        with supernet.at(widths, cuts), recorded as record:
+        last = widths is networks[-1]
+        cuts: list[Cut] | None = None if last else []
+        with supernet.at(widths, cuts), _recorded(supernet.model) as record:
             loss = compute_loss()
-            if record is not None and teacher is not None:
+            if step.distilled and teacher is not None:
                 loss = record.distilled(teacher, distill)
-            gradients.add(loss, cuts or ())
-        if record is not None and teacher is None:
+            if not last or supernet.recomputes:
+                loss = gradients.take(loss, cuts or (), record)
+        if step.distilled and teacher is None:
             teacher = record.detached()
-        losses.append(loss.detach())
-    return gradients.hand_over(torch.stack(losses).sum())
+        total = loss if total is None else total + loss
+    assert total is not None
+    return gradients.hand_over(total)
 
 
 def _parallel_loss(
@@ -195,7 +221,7 @@ def _parallel_loss(
     gradients: _Gradients,
 ) -> Tensor:
     parts = len(step.networks)
-    with supernet.parallel(step.networks):
+    with supernet.parallel(step.networks), _recorded(supernet.model) as record:
         if not step.distilled:
             loss = compute_loss()
         else:
@@ -203,12 +229,11 @@ def _parallel_loss(
                 loss = compute_loss()
             if not copies:
                 raise TrainingError(_NOT_CALLED)
-            for logits in copies:
-                teacher, *students = logits.chunk(parts)
+            for outputs in copies:
+                teacher, *students = logits_of(outputs).chunk(parts)
                 losses = [distill(student, teacher.detach()) for student in students]
                 loss = loss + sum(losses, loss.new_zeros(())) / len(copies)
-        gradients.add(loss)
-    return loss.detach()
+        return gradients.take(loss, (), record) if supernet.recomputes else loss
 
 
 _NOT_CALLED = (
@@ -218,21 +243,21 @@ _NOT_CALLED = (
 
 
 class _Record:
-    """Inputs and logits of a model's calls during one pass."""
+    """Inputs and outputs of a model's calls during one pass."""
 
     def __init__(self) -> None:
         self.inputs: list[list[Tensor]] = []
-        self.logits: list[Tensor] = []
+        self.outputs: list[Any] = []
 
     def detached(self) -> _Record:
-        """Without the graphs of the logits."""
+        """Without the graphs of the outputs."""
         record = _Record()
-        record.inputs, record.logits = self.inputs, [t.detach() for t in self.logits]
+        record.inputs, record.outputs = self.inputs, tree_map_only(Tensor, Tensor.detach, self.outputs)
         return record
 
     def distilled(self, teacher: _Record, distill: Distill) -> Tensor:
         """Mean distillation loss over the calls."""
-        if not self.logits or len(self.logits) != len(teacher.logits):
+        if not self.outputs or len(self.outputs) != len(teacher.outputs):
             raise TrainingError(_NOT_CALLED)
         for mine, theirs in zip(self.inputs, teacher.inputs, strict=True):
             if len(mine) != len(theirs) or not all(
@@ -242,8 +267,8 @@ class _Record:
                     "the training step gave the model other inputs in the second pass over the same batch; "
                     "networks of one step must see the same images: augment in the data loader"
                 )
-        losses = [distill(s, t) for s, t in zip(self.logits, teacher.logits, strict=True)]
-        return torch.stack(losses).mean()
+        pairs = zip(self.outputs, teacher.outputs, strict=True)
+        return torch.stack([distill(logits_of(s), logits_of(t)) for s, t in pairs]).mean()
 
 
 @contextmanager
@@ -252,7 +277,7 @@ def _recorded(model: nn.Module) -> Iterator[_Record]:
 
     def hook(model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         record.inputs.append(tensors_in((args, kwargs)))
-        record.logits.append(_logits(outputs))
+        record.outputs.append(outputs)
 
     handle = model.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -262,9 +287,9 @@ def _recorded(model: nn.Module) -> Iterator[_Record]:
 
 
 @contextmanager
-def _replicated(model: nn.Module, parts: int) -> Iterator[list[Tensor]]:
-    """The model runs on copies of its batch and returns the first copy's outputs; yields all logits."""
-    logits: list[Tensor] = []
+def _replicated(model: nn.Module, parts: int) -> Iterator[list[Any]]:
+    """The model runs on copies of its batch and returns the first copy's outputs; yields all outputs."""
+    copies: list[Any] = []
 
     def before(model: nn.Module, args: Any, kwargs: Any) -> Any:
         batch = len(tensors_in((args, kwargs))[0])
@@ -280,26 +305,35 @@ def _replicated(model: nn.Module, parts: int) -> Iterator[list[Tensor]]:
                 "the model computes its own loss, which would mix the labels' loss of all parallel networks; "
                 "compute it in the training step from the logits, or distil one after another"
             )
-        logits.append(_logits(outputs))
+        copies.append(outputs)
         return tree_map_only(Tensor, lambda t: t[: len(t) // parts] if t.dim() else t, outputs)
 
     handles = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)
     try:
-        yield logits
+        yield copies
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _logits(outputs: Any) -> Tensor:
-    """The classification outputs: the tensor itself, `logits` or `out` of several, else the first batch."""
+def logits_of(outputs: Any) -> Tensor:
+    """A model's logits: the tensor itself, `logits` or `out` of several, or the first batch of a sequence.
+
+    Raises:
+        TrainingError: It cannot be told.
+    """
     if isinstance(outputs, Mapping):
-        for name in ("logits", "out"):
-            if name in outputs:
-                return outputs[name]
-    if hasattr(outputs, "logits"):
-        return outputs.logits
-    return next(t for t in tensors_in(outputs) if t.dim() > 1)
+        found = next((outputs[name] for name in ("logits", "out") if name in outputs), None)
+    elif hasattr(outputs, "logits"):
+        found = outputs.logits
+    else:
+        found = next((t for t in tensors_in(outputs) if t.dim() > 1), None)
+    if not isinstance(found, Tensor):
+        raise TrainingError(
+            f"cannot tell which output of the model holds its logits ({type(outputs).__name__}); let it "
+            "return them as a tensor (batch, classes), first of a tuple, or under the name 'logits'"
+        )
+    return found
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -308,10 +342,10 @@ def _loss_of(output: Any) -> Tensor:
         loss = output.get("loss")
     elif isinstance(output, Sequence) and output:
         loss = output[0]
-    if not isinstance(loss, Tensor):
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TrainingError(
-            "the training step must return a loss: a tensor, a sequence that begins with it, or a mapping "
-            f"with the key 'loss'; it returned {type(output).__name__}"
+            "the training step must return a loss: a scalar tensor, a sequence that begins with it, or a "
+            f"mapping with the key 'loss'; it returned {type(output).__name__}"
         )
     return loss
 
@@ -319,56 +353,64 @@ def _loss_of(output: Any) -> Tensor:
 def _with_loss(output: Any, loss: Tensor) -> Any:
     if isinstance(output, Tensor):
         return loss
-    return {**output, "loss": loss} if isinstance(output, Mapping) else (loss, *output[1:])
+    if isinstance(output, Mapping):
+        return {**output, "loss": loss}
+    named = getattr(output, "_fields", None)
+    return output._replace(**{named[0]: loss}) if named else (loss, *output[1:])
 
 
 class _Gradients:
-    """The gradients of several passes, added up until `backward` reaches the loss of the step."""
+    """The gradients of passes, added up until `backward` reaches the loss of the step."""
 
-    def __init__(self, scale: _LossScale) -> None:
+    def __init__(self, supernet: Supernet, scale: LossScale) -> None:
+        self.parameters = [p for p in supernet.model.parameters() if p.requires_grad]
         self.scale = scale
         self.unit = scale.value  # everything here is multiplied by it
         self.of: dict[Tensor, Tensor] = {}
 
-    def add(self, loss: Tensor, cuts: Sequence[Cut] = ()) -> None:
-        """Adds those of all leaves behind `loss`, of cut parameters only to the active part."""
-        leaves = _leaves(loss)
-        cut = {id(c.part): c for c in cuts}
-        if not leaves:
-            return
-        found = torch.autograd.grad(loss * self.unit, leaves)
-        for leaf, gradient in zip(leaves, found, strict=True):
-            c = cut.get(id(leaf))
-            if c is not None:
-                if c.parameter not in self.of:
-                    self.of[c.parameter] = torch.zeros_like(c.parameter)
-                self.of[c.parameter].data[c.index] += gradient
-            elif leaf in self.of:
-                self.of[leaf] += gradient
+    def take(self, loss: Tensor, cuts: Sequence[Cut], record: _Record) -> Tensor:
+        """Adds those of a pass' loss, of cut parameters only to the active part; returns its value."""
+        if not loss.requires_grad:
+            return loss
+        known = {id(t) for t in (*(c.part for c in cuts), *self.parameters)}
+        others = [t for t in _leaves(loss, record.outputs) if id(t) not in known]
+        uses = [*cuts, *(Cut(t, (), t) for t in (*self.parameters, *others))]
+        found = torch.autograd.grad(loss * self.unit, [use.part for use in uses], allow_unused=True)
+        for use, gradient in zip(uses, found, strict=True):
+            if gradient is None:
+                continue
+            if use.parameter in self.of:
+                self.of[use.parameter].data[use.index] += gradient
+            elif use.index:
+                self.of[use.parameter] = torch.zeros_like(use.parameter)
+                self.of[use.parameter].data[use.index] = gradient
             else:
-                self.of[leaf] = gradient.clone()  # may be shared with that of another leaf
+                self.of[use.parameter] = gradient.clone()  # may be shared with that of another leaf
+        return loss.detach()
 
     def hand_over(self, loss: Tensor) -> Tensor:
-        """`loss`, whose `backward` delivers the gradients."""
+        """`loss`, whose `backward` delivers the gradients too."""
         return _HandOver.apply(loss, self, *self.of) if self.of else loss
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """The tensors that the gradient of `loss` would be accumulated in."""
+def _leaves(loss: Tensor, outputs: Any) -> list[Tensor]:
+    """Tensors with gradients behind `loss` but not behind the model's outputs, as those of a learned loss."""
+    nodes: list[Any] = [loss.grad_fn]
+    seen: set[Any] = {None, *(t.grad_fn for t in tensors_in(outputs) if t is not loss)}
     leaves = []
-    nodes = [loss.grad_fn]
-    seen = set(nodes)
-    while nodes:
+    while nodes and len(seen) < MAX_NODES:
         node = nodes.pop()
-        if node is None:
+        if node in seen:
             continue
-        if node.name() == "torch::autograd::AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
-        for before, _ in node.next_functions:
-            if before not in seen:
-                seen.add(before)
-                nodes.append(before)
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of AccumulateGrad
+        if isinstance(variable, Tensor):
+            leaves.append(variable)
+        nodes.extend(before for before, _ in node.next_functions)
     return leaves
+
+
+MAX_NODES = 2000  # a walk through very deep graphs overflows the stack when they are freed
 
 
 class _HandOver(torch.autograd.Function):
@@ -385,4 +427,4 @@ class _HandOver(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         gradients.scale.observe(grad_output)
         factor = grad_output / gradients.unit
-        return None, None, *(g.mul_(factor) for g in gradients.of.values())
+        return grad_output, None, *(g.mul_(factor) for g in gradients.of.values())

@@ -25,12 +25,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_dbs.errors import DataError
-from torch_pruning_adapters import ChannelGroup, WidthError, channel_order, check_widths
+from torch_pruning_adapters import ChannelGroup, WidthError, channel_order, check_widths, prefix_order
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.importance import Order, check_order
 from torch_pruning_adapters.surgery import check_model, cut_sizes, keep_mask, kept_entries, layer_axes
 
 Forward = Callable[..., Any]
+_saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 Index = tuple["slice | Tensor", ...]
 
 
@@ -44,7 +45,7 @@ class Cut:
         part: What the layer computed with.
     """
 
-    parameter: nn.Parameter
+    parameter: Tensor
     index: Index
     part: Tensor
 
@@ -80,12 +81,22 @@ class Supernet:
         modules = dict(model.named_modules())
         check_model(modules, self.groups)
         if order is None:
-            order = channel_order(model, self.groups)
+            free = [g for g in self.groups if g.frozen is None]
+            order = {**prefix_order(self.groups), **channel_order(model, free)}
         missing = next((g.name for g in self.groups if g.name not in order), None)
         if missing is not None:
             raise WidthError(f"the channel order lacks group {missing!r}")
         self.order = {g.name: check_order(g, order[g.name]) for g in self.groups}
         self._axes = layer_axes(self.groups)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a layer of the running block ran without a graph or under saved-tensor hooks.
+
+        Activation checkpointing does so; then `backward` runs layers again, and belongs inside of the block.
+        """
+        block = _RUNNING.get(self.model)
+        return block is not None and block.recomputes
 
     @property
     def inexact(self) -> dict[str, str]:
@@ -106,11 +117,11 @@ class Supernet:
         """Within the block the model computes as `shrink(model, groups, widths, order)` does, at its cost.
 
         Leave the block before or after `backward`, as you like, unless the model recomputes activations
-        (`torch.utils.checkpoint`): then call `backward` inside.
+        (`torch.utils.checkpoint`): then call `backward` inside. To compile, trace or export, use `shrink`.
 
         Args:
             widths: Group name -> channels; a missing group keeps its full width.
-            cuts: Where given, layers compute with detached active parts of their parameters, which are
+            cuts: Where given, all layers compute with detached active parts of their parameters, which are
                 collected here: gradients end in these instead of the parameters.
 
         Yields:
@@ -122,10 +133,13 @@ class Supernet:
         kept = self._kept(widths)
         narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
         axes = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
-        forwards = {}
+        forwards: dict[nn.Module, _Replacement] = {}
         for layer, entries in kept_entries(axes, keep_mask(self.groups, kept)).items():
             module = _submodule(self.model, layer)
             forwards[module] = _Sliced(module, entries, cuts)
+        for module in self.model.modules() if cuts is not None else ():
+            if module not in forwards and any(p is not None for p in module._parameters.values()):
+                forwards[module] = _Sliced(module, {}, cuts)
         with _running(self.model, forwards):
             yield self.model
 
@@ -140,7 +154,8 @@ class Supernet:
 
         Args:
             gates: Group name -> (C,) factors, or (B, C) with one row for each sample of the batch, in the
-                order of the network's channels (see `by_rank`). Groups without a gate run in full.
+                order of the network's channels (see `by_rank`). Groups without a gate run in full. With rows,
+                the first dimension of every layer's input must run over the samples.
 
         Yields:
             The model.
@@ -162,6 +177,9 @@ class Supernet:
         networks' gradients, and channels that no network uses get a gradient of exactly zero. Every pass
         costs a full-width pass. At least 16 images for each network keep the statistics sound; recalibrate
         BatchNorm before you score a network.
+
+        In every layer the first dimension must run over the samples in the order of the batch: a model that
+        transposes time and batch, or stacks several views of the batch, would get the parts mixed up.
 
         Args:
             networks: Widths of each part; the batch must be divisible by their number.
@@ -220,9 +238,9 @@ class Supernet:
                 size = gate.shape[-1]
                 position[first[name] : first[name] + size] = length + np.arange(size)
                 length += size
-            forwards[_submodule(self.model, layer)] = _Gated(
-                layer, axis.member.kind == "conv", list(on_axis.values()), position[axis.channels], parts
-            )
+            module = _submodule(self.model, layer)
+            after = module.weight.dim() - 2  # of a convolution, its spatial dimensions
+            forwards[module] = _Gated(layer, after, list(on_axis.values()), position[axis.channels], parts)
         return forwards
 
     def _check_gates(self, gates: Mapping[str, Tensor]) -> None:
@@ -252,21 +270,28 @@ class _Replacement:
     """What a layer does instead of its `forward`; copies of the layer get the original.
 
     Attributes:
+        block: Of all replacements that are made together.
         forward: The one that it replaces.
         own: The same, if the layer itself had it instead of its class.
     """
 
+    block: _Block
     forward: Forward
     own: Forward | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.block.recomputes:
+            self.block.recomputes = not torch.is_grad_enabled() or _saved_tensor_hooks(True) is not None
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
         return copy.deepcopy(self.forward, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.forward.__self__, self.forward.__name__)  # type: ignore[attr-defined]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
 
 
 class _Sliced(_Replacement):
@@ -286,8 +311,9 @@ class _Sliced(_Replacement):
         self.parameters: dict[str, Index] = {}
         self.buffers: dict[str, Index] = {}
         shape = None
-        length = len(next(iter(next(iter(entries.values())).values())))
+        length = 0
         for name, kept in entries.items():
+            length = len(next(iter(kept.values())))
             for indices, tensors in (
                 (self.parameters, module._parameters),
                 (self.buffers, module._buffers),
@@ -297,9 +323,12 @@ class _Sliced(_Replacement):
                     indices[name] = _index(tensor, kept)
                     if name == "weight":
                         shape = [len(kept.get(d, range(n))) for d, n in enumerate(tensor.shape)]
-        self.sizes = cut_sizes(module, shape, length)
+        self.sizes = cut_sizes(module, shape, length) if entries else {}
+        if cuts is not None:
+            whole = {name: () for name, tensor in module._parameters.items() if tensor is not None}
+            self.parameters = {**whole, **self.parameters}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
         parameters: dict[str, Any] = {name: module._parameters[name] for name in self.parameters}
         buffers: dict[str, Any] = {name: module._buffers[name] for name in self.buffers}
@@ -316,7 +345,7 @@ class _Sliced(_Replacement):
             for name, index in self.buffers.items():
                 active = module._buffers[name]
                 module._buffers[name] = buffers[name]
-                if active is not buffers[name] and not _is_view(index):
+                if module.training and active is not buffers[name] and not _is_view(index):
                     # unseen by autograd, as BatchNorm's own updates: graphs of other widths stay valid
                     buffers[name].data.index_copy_(0, index[0], active)
             module._parameters.update(parameters)
@@ -334,7 +363,7 @@ class _Gated(_Replacement):
 
     Args:
         layer: Its name, for messages.
-        convolves: Whether its channels are the input's second dimension; else they are the last.
+        after: Dimensions of its input that follow the channels.
         gates: (C,) or (B, C) of each group; (parts, C) where `parts` is given.
         channels: (N,) the channel behind each entry of the input axis, counted through `gates`; -1 for an
             entry of no group.
@@ -342,10 +371,10 @@ class _Gated(_Replacement):
     """
 
     def __init__(
-        self, layer: str, convolves: bool, gates: list[Tensor], channels: np.ndarray, parts: int | None
+        self, layer: str, after: int, gates: list[Tensor], channels: np.ndarray, parts: int | None
     ) -> None:
         self.layer = layer
-        self.convolves = convolves
+        self.after = after
         self.gates = gates
         self.parts = parts
         self.open = bool(channels.min() < 0)
@@ -354,7 +383,7 @@ class _Gated(_Replacement):
         if not np.array_equal(channels, np.arange(length)):
             self.channels = torch.from_numpy(np.where(channels < 0, length, channels)).to(gates[0].device)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         if args:
             return self.forward(args[0] * self._factors(args[0]), *args[1:], **kwargs)
         name, x = next(iter(kwargs.items()))
@@ -375,7 +404,7 @@ class _Gated(_Replacement):
         if self.parts is not None:
             factors = factors.repeat_interleave(_part_size(self.layer, x, self.parts), dim=0)
         shape = [1] * x.dim()
-        shape[1 if self.convolves else -1] = -1
+        shape[-1 - self.after] = -1
         if factors.dim() == 2:
             shape[0] = len(factors)
         return factors.reshape(shape).to(x.dtype)
@@ -384,15 +413,16 @@ class _Gated(_Replacement):
 class _InParts(_Replacement):
     """A BatchNorm that normalises each part of the batch by itself in train mode."""
 
-    def __init__(self, layer: str, module: nn.Module, parts: int) -> None:
+    def __init__(self, layer: str, module: _BatchNorm, parts: int) -> None:
         self.layer = layer
         self.module = module
         self.parts = parts
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.module.training:
-            return self.forward(x)
-        return torch.cat([self.forward(part) for part in x.split(_part_size(self.layer, x, self.parts))])
+    def run(self, input: Tensor) -> Tensor:
+        if not self.module.training and self.module.running_mean is not None:
+            return self.forward(input)
+        parts = input.split(_part_size(self.layer, input, self.parts))
+        return torch.cat([self.forward(part) for part in parts])
 
 
 def _part_size(layer: str, x: Tensor, parts: int) -> int:
@@ -404,39 +434,53 @@ def _part_size(layer: str, x: Tensor, parts: int) -> int:
     return len(x) // parts
 
 
-_RUNNING: WeakKeyDictionary[nn.Module, dict[nn.Module, _Replacement]] = WeakKeyDictionary()
-"""What replaces the layers' forwards now, of each model inside a block."""
+class _Block:
+    """Replacements that come and go together."""
+
+    def __init__(self, forwards: Mapping[nn.Module, _Replacement]) -> None:
+        self.forwards = dict(forwards)
+        self.recomputes = False
+        for replacement in self.forwards.values():
+            replacement.block = self
+
+    def install(self) -> None:
+        if any(isinstance(module.forward, _Replacement) for module in self.forwards):
+            raise RuntimeError(
+                "layers of this model are inside of a block of a supernet of another module; leave that first"
+            )
+        for module, replacement in self.forwards.items():
+            replacement.forward, replacement.own = module.forward, vars(module).get("forward")
+            module.forward = replacement
+
+    def remove(self) -> None:
+        for module, replacement in self.forwards.items():
+            if vars(module).get("forward") is not replacement:
+                continue  # someone replaced it in turn
+            if replacement.own is None:
+                del module.forward
+            else:
+                module.forward = replacement.own
+
+
+_RUNNING: WeakKeyDictionary[nn.Module, _Block] = WeakKeyDictionary()
+"""The innermost block of each model."""
 
 
 @contextmanager
 def _running(model: nn.Module, forwards: Mapping[nn.Module, _Replacement]) -> Iterator[None]:
-    outer = _RUNNING.pop(model, None)
+    outer, inner = _RUNNING.pop(model, None), _Block(forwards)
     if outer is not None:
-        _remove(outer)
-    inner = dict(forwards)
-    _install(inner)
-    _RUNNING[model] = inner
+        outer.remove()
     try:
+        inner.install()
+        _RUNNING[model] = inner
         yield
     finally:
-        _remove(_RUNNING.pop(model))
+        inner.remove()
+        _RUNNING.pop(model, None)
         if outer is not None:
-            _install(outer)
+            outer.install()
             _RUNNING[model] = outer
-
-
-def _install(forwards: Mapping[nn.Module, _Replacement]) -> None:
-    for module, replacement in forwards.items():
-        replacement.forward, replacement.own = module.forward, vars(module).get("forward")
-        module.forward = replacement
-
-
-def _remove(forwards: Mapping[nn.Module, _Replacement]) -> None:
-    for module, replacement in forwards.items():
-        if replacement.own is None:
-            del module.forward
-        else:
-            module.forward = replacement.own
 
 
 class _Select(torch.autograd.Function):
