@@ -150,7 +150,9 @@ class Supernet:
         For relaxed widths: the gates get gradients. With gates of 0 and 1 (`gates_of`) the outputs equal
         those of the narrow network, whatever lies between (BatchNorm, a sigmoid, a sum, a concatenation),
         because channels are gated where they are consumed; `inexact` lists the exceptions. The residual
-        stream of a group is gated at each of its readers, which equals gating all its writers.
+        stream of a group is gated at each of its readers, which equals gating all its writers after their
+        normalisation, as DMCP and DSA do, where functions between are homogeneous (ReLU). Behind others
+        (ReLU6, SiLU) a relaxed gate m gives m * f(x) instead of f(m * x).
 
         Args:
             gates: Group name -> (C,) factors, or (B, C) with one row for each sample of the batch, in the
