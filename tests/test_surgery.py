@@ -355,3 +355,16 @@ def test_orders_that_do_not_fit(order: dict, message: str) -> None:
     model, _, groups = hand_made("grouped")
     with pytest.raises(WidthError, match=message):
         shrink(model, groups, {"a": 8}, order)
+
+
+def test_the_cut_model_keeps_the_memory_layout() -> None:
+    model, x = CASES["plain"].build()
+    groups = find_channel_groups(model, x)
+    model.to(memory_format=torch.channels_last)
+    small = shrink(model, groups, {"a": 4, "b": 3})
+    for layer in (small.a, small.b):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not layer.weight.is_contiguous()
+    assert_same_outputs(
+        small, shrink(model.to(memory_format=torch.contiguous_format), groups, {"a": 4, "b": 3}), x
+    )

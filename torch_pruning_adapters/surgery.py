@@ -191,6 +191,9 @@ def _slice(tensor: Tensor, indices: Mapping[int, np.ndarray]) -> Tensor:
     data = tensor.detach()
     for dim, index in sorted(indices.items()):
         data = data.index_select(dim, torch.from_numpy(index).to(data.device))
+    for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous():
+            data = data.contiguous(memory_format=layout)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(data, requires_grad=tensor.requires_grad)
     return data
