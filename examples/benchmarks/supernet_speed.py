@@ -263,7 +263,11 @@ def cases(args: argparse.Namespace) -> list[Callable[[], list[Row]]]:
             for image_size, repeats in ((64, args.repeats), (224, few))
             for ratio in RATIOS
         ),
-        *(partial(sandwich_steps, name, 64, 32, args.repeats) for name in MODELS),
+        *(
+            partial(sandwich_steps, name, image_size, 32, repeats)
+            for name in MODELS
+            for image_size, repeats in ((64, args.repeats), (128, few))
+        ),
         *(partial(parallel_steps, name, 64, 64, max(args.repeats // 2, 1)) for name in MODELS),
         *(partial(switches, name, 64, 32, few) for name in SWITCHED_MODELS),
     ]
