@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nni_dbs.errors import DataError
 from torch_pruning_adapters import ChannelGroup, WidthError, channel_order, check_widths, prefix_order
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.importance import Order, check_order
+from torch_pruning_adapters.importance import Order, check_orders
 from torch_pruning_adapters.surgery import check_model, cut_sizes, keep_mask, kept_entries, layer_axes
 
 Forward = Callable[..., Any]
@@ -83,10 +83,7 @@ class Supernet:
         if order is None:
             free = [g for g in self.groups if g.frozen is None]
             order = {**prefix_order(self.groups), **channel_order(model, free)}
-        missing = next((g.name for g in self.groups if g.name not in order), None)
-        if missing is not None:
-            raise WidthError(f"the channel order lacks group {missing!r}")
-        self.order = {g.name: check_order(g, order[g.name]) for g in self.groups}
+        self.order = check_orders(self.groups, order)
         self._axes = layer_axes(self.groups)
 
     @property

@@ -79,6 +79,16 @@ def prefix_order(groups: Iterable[ChannelGroup]) -> dict[str, np.ndarray]:
     return {g.name: _expand(np.arange(g.size // g.step), g) for g in groups}
 
 
+def check_orders(groups: Iterable[ChannelGroup], order: Order) -> dict[str, np.ndarray]:
+    """The order of each group as an array (C,); `WidthError` if one is missing or is not an order."""
+    checked = {}
+    for g in groups:
+        if g.name not in order:
+            raise WidthError(f"the channel order lacks group {g.name!r}")
+        checked[g.name] = check_order(g, order[g.name])
+    return checked
+
+
 def check_order(group: ChannelGroup, order: Sequence[int] | np.ndarray) -> np.ndarray:
     """The order as an array (C,); `WidthError` unless it is one that `channel_order` could give."""
     ranked = np.asarray(order, dtype=int)

@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch_pruning_adapters.errors import WidthError, nearest
 from torch_pruning_adapters.graph import is_depthwise
 from torch_pruning_adapters.group import ChannelGroup, Member
-from torch_pruning_adapters.importance import Order, channel_order, check_order
+from torch_pruning_adapters.importance import Order, channel_order, check_orders
 
 Kept = dict[str, np.ndarray]
 
@@ -96,13 +96,9 @@ def check_widths(groups: Iterable[ChannelGroup], widths: Mapping[str, int]) -> N
 
 def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], order: Order) -> Kept:
     """The channels of each group that stay, ascending: group name -> (width,)."""
-    kept = {}
-    for g in groups:
-        if g.name not in order:
-            raise WidthError(f"the channel order lacks group {g.name!r}")
-        ranked = check_order(g, order[g.name])
-        kept[g.name] = np.sort(ranked[: widths.get(g.name, g.size)])
-    return kept
+    groups = tuple(groups)
+    ranked = check_orders(groups, order)
+    return {g.name: np.sort(ranked[g.name][: widths.get(g.name, g.size)]) for g in groups}
 
 
 @dataclass(frozen=True)
