@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from nni_dbs.cost import Budget as Budget
     from nni_dbs.cost import FlopsCost as FlopsCost
     from nni_dbs.cost import ParamsCost as ParamsCost
+    from nni_dbs.latency import LatencyCost as LatencyCost
     from nni_dbs.plugin.pruner import RandomPruner as RandomPruner
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
+    from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
-    from nni_dbs.search import project as project
+    from nni_dbs.slimmable import Slimmable as Slimmable
     from nni_dbs.space import Widths as Widths
     from nni_dbs.space import WidthSpace as WidthSpace
     from nni_dbs.steps import SupernetStep as SupernetStep
@@ -26,10 +28,12 @@ _MODULES = {
     "Budget": "nni_dbs.cost",
     "FlopsCost": "nni_dbs.cost",
     "ParamsCost": "nni_dbs.cost",
+    "LatencyCost": "nni_dbs.latency",
     "RandomPruner": "nni_dbs.plugin.pruner",
     "UniformPruner": "nni_dbs.plugin.pruner",
     "load_pruned": "nni_dbs.result",
-    "project": "nni_dbs.search",
+    "project": "nni_dbs.projection",
+    "Slimmable": "nni_dbs.slimmable",
     "WidthSpace": "nni_dbs.space",
     "Widths": "nni_dbs.space",
     "Supernet": "nni_dbs.supernet",

@@ -17,7 +17,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol
 
@@ -50,11 +50,15 @@ _CHUNK = 1024  # width vectors whose intermediate results stay in a core's cache
 
 
 class Cost(Protocol):
-    """What a budget can bound: `__call__` for one network, `batch` for many."""
+    """What a budget can bound: `__call__` for one network, `batch` for many.
 
-    full: int
+    It never falls when a width grows; FLOPs and parameters are whole numbers, latencies are not.
+    """
 
-    def __call__(self, widths: Mapping[str, int]) -> int: ...
+    @property
+    def full(self) -> float: ...
+
+    def __call__(self, widths: Mapping[str, int]) -> float: ...
 
     def batch(self, widths: Tensor) -> Tensor: ...
 
@@ -131,6 +135,13 @@ class PolynomialCost:
             costs.append((half * units).sum(1) + form[-1, -1])
         return torch.cat(costs)
 
+    def layers(self) -> dict[str, PolynomialCost]:
+        """Each layer's share as a cost of its own, in the model's order; without the constant."""
+        terms: dict[str, list[_Term]] = {}
+        for term in self._terms:
+            terms.setdefault(term.layer, []).append(term)
+        return {layer: PolynomialCost(self.groups, of_layer) for layer, of_layer in terms.items()}
+
     def expected(self, mean: Tensor, variance: Tensor) -> Tensor:
         """Expected costs (B,) of independent random widths with mean and variance (B, G).
 
@@ -139,6 +150,32 @@ class PolynomialCost:
         own = self._form.diagonal()[:-1].to(mean.device)  # (G,)
         units = variance.to(torch.float64) / self._steps.to(mean.device) ** 2
         return self.batch(mean) + units @ own
+
+
+def width_costs(groups: Iterable[ChannelGroup]) -> dict[str, PolynomialCost]:
+    """Each group's number of channels as a cost."""
+    groups = tuple(groups)
+    return {
+        g.name: PolynomialCost(groups, [_Term(g.name, g.step, (_Linear(0, ((i, 1),)),))])
+        for i, g in enumerate(groups)
+    }
+
+
+def weighted_sum(
+    costs: Sequence[PolynomialCost], weights: Sequence[float], constant: float
+) -> PolynomialCost:
+    """`constant + sum(weight * cost)` of costs of the same groups.
+
+    Every coefficient is rounded to a whole number, so that arithmetic on it is exact as on the costs
+    themselves: choose weights that make the values large, below 2**53.
+    """
+    terms = [
+        replace(term, coefficient=round(weight * term.coefficient))
+        for cost, weight in zip(costs, weights, strict=True)
+        for term in cost._terms
+    ]
+    constants = (weight * cost._constant for cost, weight in zip(costs, weights, strict=True))
+    return PolynomialCost(costs[0].groups, terms, round(constant + sum(constants)))
 
 
 class ParamsCost(PolynomialCost):
@@ -312,11 +349,13 @@ class Limit:
     relative: bool
 
     def __str__(self) -> str:
-        return (
-            f"{self.kind} <= {self.amount:.4g} of the full network"
-            if self.relative
-            else (f"{self.kind} <= {readable(self.amount)}")
-        )
+        if self.relative:
+            return f"{self.kind} <= {self.amount:.4g} of the full network"
+        return f"{self.kind} <= {self.readable(self.amount)}"
+
+    def readable(self, amount: float) -> str:
+        """An amount of this kind of cost with its unit: "1.81G", "3.2 ms"."""
+        return f"{amount:.4g} ms" if self.kind == "latency_ms" else readable(amount)
 
 
 @dataclass(frozen=True)
@@ -328,16 +367,17 @@ class Budget:
 
     limits: tuple[Limit, ...]
 
-    KINDS = ("flops", "params")
+    KINDS = ("flops", "params", "latency_ms")
 
     @classmethod
     def parse(cls, value: Budget | float | str | Mapping[str, float | str]) -> Budget:
-        """Reads a budget: `"300M"`, `1.04e9`, `0.5`, `"50%"`, or `{"flops": "300M", "params": 0.5}`.
+        """Reads a budget: `"300M"`, `1.04e9`, `0.5`, `"50%"`, or `{"flops": "300M", "latency_ms": 20}`.
 
         A number up to 1, or a percentage, is relative to the full network. A plain value bounds FLOPs.
+        `latency_ms` is in milliseconds; write one or less of them with the unit: `"0.8ms"`.
 
         Raises:
-            BudgetError: Not a positive number, or an unknown kind of cost.
+            BudgetError: Not a positive number, an unknown kind of cost, or a unit of another kind.
         """
         if isinstance(value, Budget):
             return value
@@ -350,7 +390,7 @@ class Budget:
     def _limit(cls, kind: str, value: float | str) -> Limit:
         if kind not in cls.KINDS:
             raise BudgetError(f"a budget bounds {' or '.join(cls.KINDS)}, not {kind!r}")
-        amount, relative = _amount(value)
+        amount, relative = _amount(kind, value)
         return Limit(kind, amount, relative)
 
     @property
@@ -358,17 +398,21 @@ class Budget:
         return all(limit.relative for limit in self.limits)
 
     def bound(self, costs: Mapping[str, Cost]) -> Bounds:
-        """The budget on one model: its costs by kind, and the most that each may be."""
-        return Bounds(
-            tuple(
-                (
-                    limit,
-                    costs[limit.kind],
-                    math.floor(limit.amount * (costs[limit.kind].full if limit.relative else 1)),
+        """The budget on one model: its costs by kind, and the most that each may be.
+
+        Raises:
+            BudgetError: A kind of cost that the budget bounds is not given.
+        """
+        bounds: list[tuple[Limit, Cost, float]] = []
+        for limit in self.limits:
+            if limit.kind not in costs:
+                raise BudgetError(
+                    f"the budget bounds {limit.kind}, but that cost is not given for this model"
                 )
-                for limit in self.limits
-            )
-        )
+            cost = costs[limit.kind]
+            most = limit.amount * cost.full if limit.relative else limit.amount
+            bounds.append((limit, cost, math.floor(most) if isinstance(cost.full, int) else most))
+        return Bounds(tuple(bounds))
 
     def __str__(self) -> str:
         return " and ".join(map(str, self.limits))
@@ -378,7 +422,7 @@ class Budget:
 class Bounds:
     """A budget on one model: for each limit its cost and the largest allowed value."""
 
-    limits: tuple[tuple[Limit, Cost, int], ...]
+    limits: tuple[tuple[Limit, Cost, float], ...]
 
     def fits(self, widths: Mapping[str, int]) -> bool:
         return all(cost(widths) <= most for _, cost, most in self.limits)
@@ -397,31 +441,37 @@ class Bounds:
             least = cost(smallest)
             if least > most:
                 raise BudgetError(
-                    f"{limit.kind}: {readable(most)} is below the smallest network of this space "
-                    f"({readable(least)}); reachable are {readable(least)} to {readable(cost(largest))}: "
-                    "raise the budget or lower min_ratio"
+                    f"{limit.kind}: {limit.readable(most)} is below the smallest network of this space "
+                    f"({limit.readable(least)}); reachable are {limit.readable(least)} to "
+                    f"{limit.readable(cost(largest))}: raise the budget or lower min_ratio"
                 )
 
 
-_AMOUNT = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([KMGTkmgt%]?)\s*")
+_AMOUNT = re.compile(
+    r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([KMGT%]?|MS)\s*", re.IGNORECASE
+)
 
 
-def _amount(value: Any) -> tuple[float, bool]:
+def _amount(kind: str, value: Any) -> tuple[float, bool]:
     """A budget's number, and whether it is relative."""
     unit = ""
+    examples = "20, 0.8ms, 50% or 0.5" if kind == "latency_ms" else "300M, 1.04G, 50% or 0.5"
     if isinstance(value, str):
         match = _AMOUNT.fullmatch(value)
         if not match:
-            raise BudgetError(f"cannot read the budget {value!r}; write 300M, 1.04G, 50% or 0.5")
+            raise BudgetError(f"cannot read the budget {value!r}; write {examples}")
         number, unit = float(match[1]), match[2].upper()
+        if unit not in (("", "%", "MS") if kind == "latency_ms" else ("%", *_SUFFIX)):
+            counted = "milliseconds" if kind == "latency_ms" else "a count"
+            raise BudgetError(f"{kind} is {counted}: {value!r} has the wrong unit; write {examples}")
     elif isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
     else:
-        raise BudgetError(f"a budget is a number or a text such as 300M, not {value!r}")
+        raise BudgetError(f"a budget is a number or a text such as {examples.split(',')[0]}, not {value!r}")
     if not (math.isfinite(number) and number > 0):
         raise BudgetError(f"a budget must be positive, not {value!r}")
     if unit == "%":
         if number > 100:
             raise BudgetError(f"a share of the full network is at most 100%, not {value!r}")
         return number / 100, True
-    return number * _SUFFIX[unit], number <= 1 and not unit
+    return number * _SUFFIX.get(unit, 1.0), number <= 1 and not unit

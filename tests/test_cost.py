@@ -21,7 +21,7 @@ from torchvision.models import get_model
 
 from examples.cifar_resnet import CifarResNet, resnet20, resnet32, resnet56, resnet110
 from nni_dbs import Budget, FlopsCost, ParamsCost, WidthSpace
-from nni_dbs.cost import Bounds, Limit, count_flops, readable
+from nni_dbs.cost import Bounds, Limit, count_flops, readable, weighted_sum, width_costs
 from nni_dbs.errors import BudgetError
 from torch_pruning_adapters import (
     ChannelGroup,
@@ -248,6 +248,37 @@ def test_aliased_layers_count_once() -> None:
         assert params(widths) == count_parameters(small)
 
 
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_layers_add_up(case: Case) -> None:
+    model, x = case.build()
+    groups = find_channel_groups(model, x, verify=False)
+    for cost in (FlopsCost(model, x, groups), ParamsCost(model, groups)):
+        for seed in range(3):
+            widths = random_widths(groups, seed)
+            assert {name: layer(widths) for name, layer in cost.layers().items()} == cost.by_layer(widths)
+
+
+def test_weighted_sums() -> None:
+    model, x = CASES["grouped"].build()
+    groups = find_channel_groups(model, x, verify=False)
+    flops, params, widths = FlopsCost(model, x, groups), ParamsCost(model, groups), width_costs(groups)
+    assert list(widths) == [g.name for g in groups]
+    total = weighted_sum([flops, params, *widths.values()], [3, 5, 7, 11], 13)
+    for seed in range(3):
+        w = random_widths(groups, seed)
+        assert {name: cost(w) for name, cost in widths.items()} == w
+        expected = 3 * flops(w) + 5 * params(w) + 7 * w["a"] + 11 * w["g"] + 13
+        assert total(w) == total.batch(torch.tensor([list(w.values())])).item() == expected
+
+
+def test_weighted_sums_have_whole_coefficients() -> None:
+    model, x = CASES["grouped"].build()
+    flops = FlopsCost(model, x, find_channel_groups(model, x, verify=False))
+    scaled = weighted_sum([flops], [1e3 / 7], 0.6)
+    assert isinstance(scaled({}), int)
+    assert scaled({}) == pytest.approx(flops.full * 1e3 / 7, rel=1e-4)
+
+
 # --- golden numbers ----------------------------------------------------------------------------------
 
 DATA = Path(os.environ.get("NNI_DBS_DATA") or Path(__file__).resolve().parents[1] / "../shared/data")
@@ -445,14 +476,46 @@ def test_budgets(value: Any, amount: float, relative: bool) -> None:
         (None, "a number or a text"),
         ([0.5], "a number or a text"),
         ({}, "an empty budget bounds nothing"),
-        ({"flop": 0.5}, "a budget bounds flops or params, not 'flop'"),
+        ({"flop": 0.5}, "a budget bounds flops or params or latency_ms, not 'flop'"),
         ({"flops": 0.5, "params": "x"}, "cannot read the budget 'x'"),
+        ("20ms", "flops is a count: '20ms' has the wrong unit; write 300M, 1.04G, 50% or 0.5"),
+        ({"params": "3 MS"}, "params is a count: '3 MS' has the wrong unit"),
+        (
+            {"latency_ms": "20M"},
+            "latency_ms is milliseconds: '20M' has the wrong unit; write 20, 0.8ms, 50% or 0.5",
+        ),
+        ({"latency_ms": "1k"}, "latency_ms is milliseconds"),
+        ({"latency_ms": "0.02s"}, "cannot read the budget '0.02s'; write 20, 0.8ms, 50% or 0.5"),
+        ({"latency_ms": 0}, "must be positive"),
+        ({"latency_ms": "0ms"}, "must be positive"),
+        ({"latency_ms": "101%"}, "at most 100%"),
+        ({"latency_ms": None}, "a budget is a number or a text such as 20, not None"),
     ],
 )
 def test_bad_budgets(value: Any, message: str) -> None:
     with pytest.raises(BudgetError) as caught:
         Budget.parse(value)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "amount", "relative", "text"),
+    [
+        (20, 20.0, False, "latency_ms <= 20 ms"),
+        (3.25, 3.25, False, "latency_ms <= 3.25 ms"),
+        ("20", 20.0, False, "latency_ms <= 20 ms"),
+        ("0.8ms", 0.8, False, "latency_ms <= 0.8 ms"),
+        (" 1 MS ", 1.0, False, "latency_ms <= 1 ms"),
+        (2500, 2500.0, False, "latency_ms <= 2500 ms"),
+        (0.5, 0.5, True, "latency_ms <= 0.5 of the full network"),
+        ("50%", 0.5, True, "latency_ms <= 0.5 of the full network"),
+        (1, 1.0, True, "latency_ms <= 1 of the full network"),
+    ],
+)
+def test_latency_budgets(value: Any, amount: float, relative: bool, text: str) -> None:
+    budget = Budget.parse({"latency_ms": value})
+    assert budget == Budget((Limit("latency_ms", amount, relative),))
+    assert str(budget) == text
 
 
 def test_several_limits() -> None:
@@ -523,6 +586,53 @@ def test_impossible_budget_tells_the_range(residual: tuple[WidthSpace, dict[str,
     assert "\n" not in message
     with pytest.raises(BudgetError, match=r"params: .* is below the smallest network"):
         bounds_of({"flops": 1.0, "params": 2}, costs).check_reachable(*ends)
+
+
+class Milliseconds:
+    """A cost that is no whole number: 0.25 ms for each channel."""
+
+    full = 2.5
+
+    def __call__(self, widths: dict[str, int]) -> float:
+        return 0.25 * (widths.get("stem", 6) + widths.get("a", 4))
+
+    def batch(self, widths: Tensor) -> Tensor:
+        return 0.25 * widths.double().sum(1)
+
+
+def test_limits_in_milliseconds_are_not_rounded(residual: tuple[WidthSpace, dict[str, Any]]) -> None:
+    space, costs = residual
+    costs["latency_ms"] = Milliseconds()
+    for budget, most in (({"latency_ms": "75%"}, 1.875), ({"latency_ms": "1.8ms"}, 1.8)):
+        bounds = bounds_of(budget, costs)
+        assert bounds.limits[0][2] == most
+        every = [{"stem": s, "a": a} for s in range(1, 7) for a in range(1, 5)]
+        expected = [0.25 * (w["stem"] + w["a"]) <= most for w in every]
+        assert [bounds.fits(w) for w in every] == expected
+        assert bounds.fits_batch(torch.stack([space.encode(w) for w in every])).tolist() == expected
+    assert bounds.used({"stem": 3, "a": 3}) == 1.5 / 1.8
+    flops = costs["flops"].full
+    both = bounds_of({"flops": 0.5, "latency_ms": 0.3}, costs)
+    assert [most for *_, most in both.limits] == [flops // 2, 0.75]
+    assert not both.fits({"stem": 3, "a": 1})  # 1 ms
+    assert both.fits({"stem": 2, "a": 1})
+
+
+def test_impossible_latency_tells_the_range(residual: tuple[WidthSpace, dict[str, Any]]) -> None:
+    space, _ = residual
+    bounds = bounds_of({"latency_ms": "0.4ms"}, {"latency_ms": Milliseconds()})
+    with pytest.raises(BudgetError) as caught:
+        bounds.check_reachable(space.smallest(), space.largest())
+    assert str(caught.value) == (
+        "latency_ms: 0.4 ms is below the smallest network of this space (0.5 ms); reachable are 0.5 ms to "
+        "2.5 ms: raise the budget or lower min_ratio"
+    )
+
+
+def test_a_cost_that_is_not_given(residual: tuple[WidthSpace, dict[str, Any]]) -> None:
+    _, costs = residual
+    with pytest.raises(BudgetError, match="the budget bounds latency_ms, but that cost is not given"):
+        bounds_of({"flops": 0.5, "latency_ms": 20}, costs)
 
 
 @pytest.mark.parametrize(
