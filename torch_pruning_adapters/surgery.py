@@ -183,13 +183,19 @@ def check_model(modules: Mapping[str, nn.Module], groups: Iterable[ChannelGroup]
                 )
 
 
-def _slice(tensor: Tensor, indices: Mapping[int, np.ndarray]) -> Tensor:
-    data = tensor.detach()
-    for dim, index in sorted(indices.items()):
-        data = data.index_select(dim, torch.from_numpy(index).to(data.device))
+def select(tensor: Tensor, entries: Mapping[int, np.ndarray]) -> Tensor:
+    """The kept entries (dimension -> entries) of a tensor, in its memory layout; differentiable."""
+    part = tensor
+    for dim, index in sorted(entries.items()):
+        part = part.index_select(dim, torch.from_numpy(index).to(part.device))
     for layout, dims in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         if tensor.dim() == dims and tensor.is_contiguous(memory_format=layout) and not tensor.is_contiguous():
-            data = data.contiguous(memory_format=layout)
+            part = part.contiguous(memory_format=layout)
+    return part
+
+
+def _slice(tensor: Tensor, entries: Mapping[int, np.ndarray]) -> Tensor:
+    data = select(tensor.detach(), entries)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(data, requires_grad=tensor.requires_grad)
     return data
