@@ -13,6 +13,7 @@ from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -60,16 +61,16 @@ def plot_widths(full: Mapping[str, int], kept: Mapping[str, int], title: str = "
 
     names, before, after = list(full), list(full.values()), [kept[name] for name in full]
     if len(names) <= MAX_ROWS:
-        texts = [(f"{a}", f"{b}", _percent(b, a)) for a, b in zip(before, after, strict=True)]
+        texts = [(f"{a}", f"{b}", percent(b, a)) for a, b in zip(before, after, strict=True)]
         figure, axes = _rows(names, before, after, texts, ("full", "kept", "ratio"))
         axes.set_xlabel("width (channels)")
     else:
         figure = _columns(names, before, after)
 
-    ratio = _percent(sum(after), sum(before))
-    summary = f"{sum(before):,} → {sum(after):,} channels ({ratio}) in {_count(len(names), 'group')}"
+    ratio = percent(sum(after), sum(before))
+    summary = f"{sum(before):,} → {sum(after):,} channels ({ratio}) in {count(len(names), 'group')}"
     labels = ("full width", "kept", "kept whole, or frozen")
-    _header(figure, title or "Channel widths", summary, labels, _colours(before, after))
+    header(figure, title or "Channel widths", summary, _patches(labels, _colours(before, after)))
     return figure
 
 
@@ -90,10 +91,10 @@ def plot_cost(
 
     sections = _sections(list(before), MAX_ROWS)
     old, new = _sums(list(before.values()), sections), _sums([after[name] for name in before], sections)
-    factor, prefix = _prefix(max(old) / 10)
-    digits = max(1, _decimals(max(old) / factor))
+    factor, prefix = si_prefix(max(old) / 10)
+    digits = max(1, decimals(max(old) / factor))
     texts = [
-        (f"{a / factor:.{digits}f}", f"{b / factor:.{digits}f}", _percent(b, a))
+        (f"{a / factor:.{digits}f}", f"{b / factor:.{digits}f}", percent(b, a))
         for a, b in zip(old, new, strict=True)
     ]
     labels = [section.label for section in sections]
@@ -102,8 +103,8 @@ def plot_cost(
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / factor:g}"))
 
     title = title or f"{unit} by {'layer' if len(sections) == len(before) else 'block'}"
-    summary = f"{_total(sum(old), sum(new), unit)} in {_count(len(before), 'layer')}"
-    _header(figure, title, summary, ("before", "after", "unchanged"), _colours(old, new))
+    summary = f"{_total(sum(old), sum(new), unit)} in {count(len(before), 'layer')}"
+    header(figure, title, summary, _patches(("before", "after", "unchanged"), _colours(old, new)))
     return figure
 
 
@@ -136,7 +137,7 @@ def _rows(
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, max(*before, *after) or 1)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    _quiet(axes, grid="x")
+    quiet(axes, grid="x")
 
     labels = max(tick.get_window_extent().width for tick in axes.get_yticklabels()) / figure.dpi
     left, bars = EDGE + labels + 0.1, ROW * len(names)
@@ -174,32 +175,37 @@ def _columns(names: Sequence[str], before: Sequence[int], after: Sequence[int]) 
     bottom.set_ylabel("ratio kept")
     bottom.set_xlim(-0.6, len(names) - 0.4)
     for axes in (top, bottom):
-        _quiet(axes, grid="y")
-    _name_sections(bottom, (top, bottom), _sections(names, MAX_SECTIONS))
+        quiet(axes, grid="y")
+    bottom.set_xticks([])
+    name_sections((top, bottom), _sections(names, MAX_SECTIONS), named=bottom, y=-0.08)
     figure.align_ylabels()
     return figure
 
 
-def _name_sections(foot: Axes, panels: Sequence[Axes], sections: Sequence[Section]) -> None:
-    """Rule off the sections in `panels` and name them under `foot`, the largest first, if they fit."""
+def name_sections(panels: Sequence[Axes], sections: Sequence[Section], named: Axes, y: float) -> None:
+    """Rule off the sections in `panels` and name them beside `named` at the height `y`, a fraction of it.
+
+    The largest are named first; a name that does not fit is left out.
+    """
     for panel in panels:
         for section in sections[1:]:
             panel.axvline(section.start - 0.5, color="#b0b0b0", linewidth=0.8, zorder=0)
-    foot.set_xticks([])
+    page = named.figure.bbox
     taken: list[tuple[float, float]] = []
     for section in sorted(sections, key=lambda section: section.start - section.stop):
         centre = (section.start + section.stop - 1) / 2
-        label = foot.text(centre, -0.08, _shorten(section.label), transform=foot.get_xaxis_transform())
-        label.set(ha="center", va="top", color=INK, fontsize=TEXT)
+        label = named.text(centre, y, shorten(section.label), transform=named.get_xaxis_transform())
+        label.set(ha="center", va="top" if y < 0 else "bottom", color=INK, fontsize=TEXT)
         box = label.get_window_extent()
-        if any(box.x0 - 6 < right and left < box.x1 + 6 for left, right in taken):
+        hidden = box.x0 < page.x0 or page.x1 < box.x1
+        if hidden or any(box.x0 - 6 < right and left < box.x1 + 6 for left, right in taken):
             label.remove()
         else:
             taken.append((box.x0, box.x1))
 
 
-def _quiet(axes: Axes, grid: Literal["x", "y"]) -> None:
-    """Leave the data, a faint grid along one axis, and small labels."""
+def quiet(axes: Axes, grid: Literal["x", "y", "both"]) -> None:
+    """Leave the data, a faint grid, and small labels."""
     axes.spines[:].set_visible(False)
     axes.set_axisbelow(True)
     axes.grid(axis=grid, color=RULE, linewidth=0.7)
@@ -216,24 +222,17 @@ def _log_scale(axes: Axes, smallest: int) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _header(
-    figure: Figure, title: str, summary: str, labels: tuple[str, str, str], colours: Sequence[str]
-) -> None:
-    """Title, one line of totals, and a legend of the colours that occur, from the top left corner down."""
+def header(figure: Figure, title: str, summary: str, handles: Sequence[Artist]) -> None:
+    """Title, one line of totals, and a legend of the labelled `handles`, from the top left corner down."""
     width, height = figure.get_size_inches()
     left = EDGE / width
     figure.text(left, 1 - 0.18 / height, title, va="top", color=INK, fontsize=13, fontweight="bold")
     figure.text(left, 1 - 0.45 / height, summary, va="top", color=INK, fontsize=10)
-    handles = [
-        Patch(color=colour, label=label)
-        for colour, label in zip((PALE, SOLID, WHOLE), labels, strict=True)
-        if colour == PALE or colour in colours
-    ]
     figure.legend(
         handles=handles,
         loc="upper left",
         bbox_to_anchor=(left, 1 - 0.7 / height),
-        ncols=3,
+        ncols=len(handles),
         frameon=False,
         borderpad=0,
         borderaxespad=0,
@@ -243,6 +242,15 @@ def _header(
         fontsize=TEXT,
         labelcolor=INK,
     )
+
+
+def _patches(labels: tuple[str, str, str], colours: Sequence[str]) -> list[Patch]:
+    """What the legend of a bar chart explains: the colours that occur."""
+    return [
+        Patch(color=colour, label=label)
+        for colour, label in zip((PALE, SOLID, WHOLE), labels, strict=True)
+        if colour == PALE or colour in colours
+    ]
 
 
 def _colours(before: Sequence[float], after: Sequence[float]) -> list[str]:
@@ -286,10 +294,10 @@ def _readable(names: Sequence[str]) -> list[str]:
     """The names themselves where all are short enough, else what tells them apart."""
     if max(map(len, names)) <= MAX_NAME:
         return list(names)
-    return [_shorten(name) for name in _without_common_prefix(names)]
+    return [shorten(name) for name in _without_common_prefix(names)]
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
     """A long name without its middle; both ends say most about where a layer is."""
     if len(name) <= MAX_NAME:
         return name
@@ -297,17 +305,17 @@ def _shorten(name: str) -> str:
     return f"{name[:head]}…{name[head + 1 - MAX_NAME :]}"
 
 
-def _percent(part: float, whole: float) -> str:
+def percent(part: float, whole: float) -> str:
     """A ratio in whole percent that says 0 or 100 only where it is exact."""
     if whole == 0:
         return "-"
-    percent = round(100 * part / whole)
-    if percent == 100 and part < whole:
-        return ">99 %"
-    return "<1 %" if percent == 0 < part else f"{percent} %"
+    rounded = round(100 * part / whole)
+    if rounded == 100 and part != whole:
+        return ">99 %" if part < whole else ">100 %"
+    return "<1 %" if rounded == 0 < part else f"{rounded} %"
 
 
-def _prefix(value: float) -> tuple[float, str]:
+def si_prefix(value: float) -> tuple[float, str]:
     """The SI prefix to write `value` with."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
@@ -315,18 +323,18 @@ def _prefix(value: float) -> tuple[float, str]:
     return 1.0, ""
 
 
-def _decimals(value: float) -> int:
+def decimals(value: float) -> int:
     """Decimals that show three significant digits."""
     return max(0, 2 - math.floor(math.log10(value))) if value else 0
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _total(before: float, after: float, unit: str) -> str:
     """Such as "1.81 G → 0.90 G FLOPs (50 %)"."""
-    factor, prefix = _prefix(before)
-    digits = _decimals(before / factor)
+    factor, prefix = si_prefix(before)
+    digits = decimals(before / factor)
     old, new = (f"{value / factor:.{digits}f} {prefix}".rstrip() for value in (before, after))
-    return f"{old} → {new} {unit} ({_percent(after, before)})"
+    return f"{old} → {new} {unit} ({percent(after, before)})"
