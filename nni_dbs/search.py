@@ -1,66 +1,241 @@
-"""Proposing widths inside a budget."""
+"""Searchers: they are asked for networks inside of a budget, and told what these score.
+
+    searcher = EvolutionSearch(space, bounds, seed=0)
+    for widths in searcher.ask(8):
+        searcher.tell(widths, evaluate(widths))
+    searcher.best()
+
+All have this interface, so that a pruner, an NNI tuner or a plain loop drives any of them; that of DBS is in
+`nni_dbs.algorithms.dbs`, and those here are its peers. What is asked lies inside of the budget by projection,
+never by a rejection loop, and nothing is asked twice.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from nni_dbs.cost import Bounds
+from nni_dbs.errors import BudgetError, TrainingError
+from nni_dbs.pool import draw, tilted
+from nni_dbs.projection import project_batch
 from nni_dbs.space import Widths, WidthSpace
 
-_BISECTIONS = 50
+_TRIES = 4
 
 
-def project(widths: Mapping[str, int], space: WidthSpace, bounds: Bounds) -> Widths:
-    """The network of the space that is closest in shape to `widths` and fills the budget.
-
-    All widths are scaled by one factor, as large as the budget allows, and rounded down to choices; what
-    rounding left over goes to the groups that lie furthest below their scaled width, until no group can
-    grow by one more choice. Never above the budget, for any widths.
+class Searcher(ABC):
+    """Proposes networks and learns from their scores (higher is better).
 
     Args:
-        widths: What is wished for, inside the budget or not; missing groups at full width.
-        space: The allowed widths.
-        bounds: The budget on this model (`Budget.bound`); its costs must not fall when a width grows.
+        space: Of all that is proposed.
+        bounds: The budget.
+        seed: The same seed and the same scores give the same proposals.
+
+    Attributes:
+        told: Network -> score, in the order of telling.
 
     Raises:
         BudgetError: Not even the smallest network keeps the budget.
     """
-    bounds.check_reachable(space.smallest(), space.largest())
-    choices = [np.array(space.choices(name)) for name in space.names]
-    wish = np.maximum(space.encode(widths).numpy(), 1)
 
-    def scaled(factor: float) -> np.ndarray:
-        """(G,) position of the widest choice up to the scaled wish, or of the narrowest."""
-        return np.array(
-            [
-                max(np.searchsorted(c, w * factor, side="right") - 1, 0)
-                for c, w in zip(choices, wish, strict=True)
-            ]
+    def __init__(self, space: WidthSpace, bounds: Bounds, seed: int = 0) -> None:
+        bounds.check_reachable(space.smallest(), space.largest())
+        self.space = space
+        self.bounds = bounds
+        self.generator = torch.Generator().manual_seed(seed)
+        self.told: dict[Widths, float] = {}
+        self._asked: dict[Widths, None] = {}
+
+    @cached_property
+    def chances(self) -> Tensor:
+        """Of each group's choices (G, K), tilted towards the budget."""
+        return tilted(self.space, self.bounds)
+
+    def ask(self, n: int = 1) -> list[Widths]:
+        """Up to n new networks, to be evaluated; fewer, or none, where the budget has no more to offer."""
+        found: dict[Widths, None] = {}
+        for source in (self._propose, *[self._anything] * _TRIES):
+            for widths in source(n - len(found)):
+                if widths not in self._asked and widths not in self.told and len(found) < n:
+                    found[widths] = None
+            if len(found) == n:
+                break
+        self._asked |= found
+        return list(found)
+
+    def tell(self, widths: Mapping[str, int], score: float) -> None:
+        """Learns a score; also of networks that were never asked for, such as those of an earlier run.
+
+        Raises:
+            TrainingError: The score is NaN or infinite.
+            BudgetError: The network is over the budget.
+        """
+        if not math.isfinite(score):
+            raise TrainingError(
+                f"a network scored {score}; look at the loss, and leave out what cannot be evaluated"
+            )
+        widths = self.space.decode(self.space.encode(widths))
+        if not self.bounds.fits(widths):
+            raise BudgetError("a network over the budget was told; only those inside of it can be chosen")
+        self.told[widths] = float(score)
+
+    def best(self) -> Widths:
+        """The network to keep: that of the highest score, of those told.
+
+        Raises:
+            TrainingError: Nothing was told.
+        """
+        self._check_told()
+        return max(self.told, key=self.told.__getitem__)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that proposals depend on."""
+        return {
+            "told": [(dict(widths), score) for widths, score in self.told.items()],
+            "asked": [dict(widths) for widths in self._asked],
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of a searcher that was made alike."""
+        self.told = {Widths(widths): score for widths, score in state["told"]}
+        self._asked = dict.fromkeys(map(Widths, state["asked"]))
+        self.generator.set_state(state["generator"])
+
+    @abstractmethod
+    def _propose(self, n: int) -> Sequence[Widths]:
+        """About n networks inside of the budget; `ask` leaves out those that are known."""
+
+    def _anything(self, n: int) -> list[Widths]:
+        """Where a searcher has no new ideas: networks near the budget, at random."""
+        wishes = draw(self.space, self.chances, 2 * n, self.generator)
+        return self._projected(wishes)
+
+    def _projected(self, wishes: Tensor, keep: Tensor | None = None) -> list[Widths]:
+        """Wishes (N, G) as networks, without repetitions."""
+        rows = project_batch(wishes, self.space, self.bounds, keep)
+        return list(dict.fromkeys(self.space.decode(row) for row in rows))
+
+    def _check_told(self) -> None:
+        if not self.told:
+            raise TrainingError("no network was evaluated yet, so none can be chosen")
+
+
+class RandomSearch(Searcher):
+    """Random shapes, each as large as the budget allows.
+
+    The search that others have to beat at equal numbers of evaluations.
+    """
+
+    def _propose(self, n: int) -> Sequence[Widths]:
+        return self._projected(
+            torch.stack([self.space.encode(self.space.sample(self.generator)) for _ in range(n)])
         )
 
-    def fits(positions: np.ndarray) -> bool:
-        row = [c[p] for c, p in zip(choices, positions, strict=True)]
-        return bool(bounds.fits_batch(torch.tensor([row], dtype=torch.float64))[0])
 
-    low, high = 0.0, max((c[-1] / w for c, w in zip(choices, wish, strict=True)), default=0.0) * (1 + 1e-9)
-    if fits(scaled(high)):
-        low = high
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(scaled(middle)) else (low, middle)
-    positions = scaled(low)
+class EvolutionSearch(Searcher):
+    """Mutation and crossover of the best networks, after a random generation.
 
-    growing = {i for i, c in enumerate(choices) if len(c) > 1}
-    while growing:
-        growing = {i for i in growing if positions[i] + 1 < len(choices[i])}
-        nearest = sorted(growing, key=lambda i: (choices[i][positions[i] + 1] / wish[i], i))
-        for i in nearest:
-            positions[i] += 1
-            if fits(positions):
+    As MetaPruning and Once-for-All search, with projection in place of rejection. Needs no model of the
+    scores; takes about twice as many evaluations as a predictor to the same quality.
+
+    Args:
+        space, bounds, seed: See `Searcher`.
+        initial: Networks before evolution begins.
+        parents: The best so many breed.
+        mutation: Chance that a group of a mutant changes (at least one does).
+    """
+
+    def __init__(
+        self,
+        space: WidthSpace,
+        bounds: Bounds,
+        seed: int = 0,
+        *,
+        initial: int = 16,
+        parents: int = 8,
+        mutation: float = 0.1,
+    ) -> None:
+        super().__init__(space, bounds, seed)
+        self.initial = initial
+        self.parents = parents
+        self.mutation = mutation
+
+    def _propose(self, n: int) -> Sequence[Widths]:
+        if len(self.told) < min(self.initial, 2):
+            return self._anything(n)
+        random = min(max(self.initial - len(self._asked), 0), n)
+        best = sorted(self.told, key=self.told.__getitem__, reverse=True)[: self.parents]
+        rows = torch.stack([self.space.encode(widths) for widths in best])
+        bred = self._bred(rows, 2 * (n - random))
+        return [*(self._anything(random)[:random] if random else []), *bred]
+
+    def _bred(self, parents: Tensor, n: int) -> list[Widths]:
+        """n children of parents (P, G), in turns by mutation and by crossover."""
+        if n == 0:
+            return []
+        choices, counts = self.space.padded_choices()
+        free = counts > 1
+        first = parents[torch.randint(len(parents), (n,), generator=self.generator)]
+        second = parents[torch.randint(len(parents), (n,), generator=self.generator)]
+        changed = torch.rand(first.shape, generator=self.generator) < self.mutation
+        one = torch.multinomial(free.float(), n, replacement=True, generator=self.generator)
+        changed[torch.arange(n), one] = True
+        chosen = (torch.rand(first.shape, generator=self.generator) * counts).long()
+        mutants = first.where(~changed, choices.gather(1, chosen.T).T)
+        crossed = first.where(torch.rand(first.shape, generator=self.generator) < 0.5, second)
+        alternate = (torch.arange(n) % 2 == 0).unsqueeze(1)
+        return self._projected(mutants.where(alternate, crossed))
+
+
+class GreedySearch(Searcher):
+    """Hill climbing from the uniform network: the neighbours of the best network, then of the next best.
+
+    A neighbour has one group one option wider or narrower, and the others scaled to fill the budget. Cheap
+    steps and a local optimum; for spaces of few groups.
+    """
+
+    def _propose(self, n: int) -> Sequence[Widths]:
+        uniform = self._projected(self.space.encode(self.space.largest()).unsqueeze(0))
+        if not self.told:
+            return [*uniform, *self._neighbours(uniform[0])]
+        proposals: list[Widths] = []
+        for widths in sorted(self.told, key=self.told.__getitem__, reverse=True):
+            proposals += [w for w in self._neighbours(widths) if w not in self._asked and w not in self.told]
+            if len(proposals) >= n:
                 break
-            positions[i] -= 1
-            growing.discard(i)  # costs never fall, so it will not fit later either
-    return Widths({name: int(c[p]) for name, c, p in zip(space.names, choices, positions, strict=True)})
+        return proposals
+
+    def _neighbours(self, widths: Widths) -> list[Widths]:
+        wishes, keep = neighbours(self.space.encode(widths), self.space)
+        possible = self.bounds.fits_batch(wishes.where(keep, self.space.encode(self.space.smallest())))
+        rows = project_batch(wishes[possible], self.space, self.bounds, keep[possible])
+        order = torch.randperm(len(rows), generator=self.generator)
+        return list(dict.fromkeys(self.space.decode(row) for row in rows[order]))
+
+
+def neighbours(network: Tensor, space: WidthSpace) -> tuple[Tensor, Tensor]:
+    """Wishes (N, G) one option of one group away from a network (G,), and which group that is, (N, G)."""
+    wishes, columns = [], []
+    for column, name in enumerate(space.names):
+        width = float(network[column])
+        options = space.options(name)
+        below = [w for w in options if w < width][-1:]
+        above = [w for w in options if w > width][:1]
+        for option in (*below, *above):
+            wish = network.clone()
+            wish[column] = option
+            wishes.append(wish)
+            columns.append(column)
+    if not wishes:
+        return network.new_empty(0, len(network)), torch.empty(0, len(network), dtype=torch.bool)
+    keep = torch.zeros(len(wishes), len(network), dtype=torch.bool)
+    keep[torch.arange(len(wishes)), columns] = True
+    return torch.stack(wishes), keep

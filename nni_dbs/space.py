@@ -123,6 +123,22 @@ class WidthSpace:
         """Allowed widths of a group, ascending."""
         return self._choices[name]
 
+    def options(self, name: str, limit: int = 10) -> tuple[int, ...]:
+        """A group's choices, or `limit` of them where there are more: both ends and others evenly between."""
+        choices = self._choices[name]
+        if len(choices) <= limit:
+            return choices
+        return tuple(choices[i] for i in np.linspace(0, len(choices) - 1, limit).round().astype(int))
+
+    def padded_choices(self) -> tuple[Tensor, Tensor]:
+        """All choices (G, K) float64, ascending and padded by infinity; how many each group has, (G,)."""
+        counts = torch.tensor([len(c) for c in self._choices.values()])
+        padded = torch.full((len(counts), max(map(len, self._choices.values()), default=1)), torch.inf)
+        padded = padded.to(torch.float64)
+        for row, choices in zip(padded, self._choices.values(), strict=True):
+            row[: len(choices)] = torch.tensor(choices)
+        return padded, counts
+
     def smallest(self) -> Widths:
         return Widths({name: c[0] for name, c in self._choices.items()})
 

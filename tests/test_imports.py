@@ -16,9 +16,9 @@ ROOT = Path(nni_dbs.__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("space", "cost"),
-    ("supernet", "sampling", "steps", "evaluate"),
+    ("supernet", "latency", "projection", "pool", "slimmable", "sampling", "steps", "evaluate"),
     ("algorithms", "predict", "search"),
-    ("models", "result", "config", "data", "training", "plot", "report"),
+    ("models", "result", "config", "data", "training", "plot", "plot_search", "report"),
     ("plugin",),
     ("cli",),
 )

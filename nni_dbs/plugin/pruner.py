@@ -33,8 +33,8 @@ from tqdm import tqdm
 from nni_dbs.cost import Bounds, Budget, FlopsCost, Limit, ParamsCost
 from nni_dbs.errors import BudgetError, ConfigError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, repair, score
+from nni_dbs.projection import project
 from nni_dbs.result import Result, describe_device, save_pruned
-from nni_dbs.search import project
 from nni_dbs.space import Widths, WidthSpace
 from torch_pruning_adapters import (
     ChannelGroup,

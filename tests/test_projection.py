@@ -16,7 +16,7 @@ from torchvision.models import get_model
 from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError
-from nni_dbs.search import project
+from nni_dbs.projection import project
 from torch_pruning_adapters import find_channel_groups
 
 Costs = dict[str, Any]

@@ -1,0 +1,168 @@
+"""Starting points: the networks near a budget that a search begins with.
+
+Networks whose widths are drawn uniformly have about half of the full network's cost; at a tenth of it hardly
+any of them lies near. So the chances of the choices are tilted until the mean cost is right, and each draw is
+projected into the budget. Nothing is drawn in vain, at any budget.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from nni_dbs.cost import Bounds, PolynomialCost
+from nni_dbs.errors import ConfigError
+from nni_dbs.projection import project_batch
+from nni_dbs.space import Widths, WidthSpace
+
+_SWEEPS = 10
+_BISECTIONS = 40
+_TRIES = 5
+
+
+def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tensor | None = None) -> Tensor:
+    """The chances of each group's choices at which the mean cost is `target` of the budget.
+
+    P_l(c) is proportional to exp(-(E_l(c) - min E_l) / T - lam * d cost / d P_l(c)). The slopes depend on the
+    other groups' chances: damped sweeps from the uniform ones. lam, which may be negative, is bisected. The
+    prior distribution of PSE-Net (arXiv 2408.16233) in closed form; a reconstruction.
+
+    Args:
+        space: The space.
+        bounds: The budget; of several limits the one that is tightest at the time counts.
+        target: Share of the budget. Where the space cannot reach it, the chances pile up at its end.
+        errors: E (G, K), what a choice is expected to lose; T is its standard deviation. Default: nothing is
+            known.
+
+    Returns:
+        (G, K) float64 as `WidthSpace.padded_choices`, 0 in the padding; rows sum to 1.
+    """
+    choices, counts = space.padded_choices()
+    valid = torch.arange(choices.shape[1]) < counts.unsqueeze(1)
+    choices = choices.where(valid, 0)
+    loss = torch.zeros_like(choices)
+    if errors is not None:
+        loss = (errors - errors.where(valid, torch.inf).amin(1, keepdim=True)).where(valid, 0)
+        loss = loss / (errors[valid].std() + 1e-12)
+
+    def chances(tilt: float) -> Tensor:
+        p = valid / counts.unsqueeze(1).to(torch.float64)
+        for _ in range(_SWEEPS):
+            p.requires_grad_()
+            (slope,) = torch.autograd.grad(_share(p, choices, bounds), p)
+            new = torch.softmax((-loss - tilt * slope).masked_fill(~valid, -torch.inf), 1)
+            p = ((p + new) / 2).detach()
+        return p
+
+    def share(tilt: float) -> float:
+        return float(_share(chances(tilt), choices, bounds))
+
+    low, high = -1.0, 1.0
+    while share(low) < target and low > -1e6:
+        low *= 4
+    while share(high) > target and high < 1e6:
+        high *= 4
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) > target else (low, middle)
+    return chances(high)
+
+
+def _share(p: Tensor, choices: Tensor, bounds: Bounds) -> Tensor:
+    """The mean share of the tightest limit, for independent choices (G, K) with chances p."""
+    mean = (p * choices).sum(1)
+    variance = (p * choices**2).sum(1) - mean**2
+    shares = [
+        (
+            cost.expected(mean.unsqueeze(0), variance.unsqueeze(0))
+            if isinstance(cost, PolynomialCost)
+            else cost.batch(mean.unsqueeze(0))
+        )[0]
+        / most
+        for _, cost, most in bounds.limits
+    ]
+    return torch.stack(shares).max()
+
+
+def draw(space: WidthSpace, chances: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Networks (n, G) whose groups' choices have the given chances (G, K), independently."""
+    choices, _ = space.padded_choices()
+    return choices.gather(1, torch.multinomial(chances, n, replacement=True, generator=generator)).T
+
+
+def starting_points(
+    space: WidthSpace, bounds: Bounds, n: int, generator: torch.Generator, represented: float = 0.02
+) -> list[Widths]:
+    """A pool of different networks that fill the budget: the uniform one first, then tilted draws.
+
+    Each option of each group (`WidthSpace.options`: its choices, thinned to ten) that the budget allows is
+    the nearest one of at least `represented` of the networks, as far as there are so many different ones, so
+    that a predictor sees all of them. To train a supernet and to fit predictors to; DBS samples its starting
+    points at similar budgets (abstract and poster; how is not known, this is a reconstruction).
+
+    Args:
+        space, bounds: The space and the budget.
+        n: Networks; fewer if the space has no more inside of the budget.
+        generator: Of the draws.
+        represented: Share of the pool.
+
+    Raises:
+        BudgetError: No network of the space keeps the budget.
+        ConfigError: n is not positive.
+    """
+    if n < 1:
+        raise ConfigError(f"the number of starting points must be at least 1, not {n}")
+    uniform = project_batch(space.encode(space.largest()).unsqueeze(0), space, bounds)
+    pool = _distinct(uniform, n, space, bounds, generator)
+    if len(pool) == n:
+        _represent(pool, space, bounds, math.ceil(represented * n), generator)
+        pool = _distinct(pool, n, space, bounds, generator)
+    return [space.decode(row) for row in pool]
+
+
+def _represent(
+    pool: Tensor, space: WidthSpace, bounds: Bounds, least: int, generator: torch.Generator
+) -> None:
+    """Changes networks of the pool (N, G), but the first, until each option is the nearest one of `least`.
+
+    A network is set to a missing option, which it keeps from then on, and its other groups are projected
+    anew. That moves other groups, so it goes over all groups a few times.
+    """
+    kept = torch.zeros(pool.shape, dtype=torch.bool)
+    kept[0] = True
+    for _ in range(_TRIES):
+        changed = False
+        for column, name in enumerate(space.names):
+            options = torch.tensor(space.options(name), dtype=torch.float64)
+            nearest = (pool[:, column, None] - options).abs().argmin(1)  # (N,)
+            counts = torch.bincount(nearest, minlength=len(options))
+            missing = torch.repeat_interleave(torch.arange(len(options)), (least - counts).clamp(min=0))
+            spare = ~kept[:, column] & (counts[nearest] > least)
+            order = torch.randperm(len(pool), generator=generator)
+            order = order[kept[order].sum(1).argsort(stable=True)]  # those that are the least bound first
+            rows = order[spare[order]][: len(missing)]
+            wishes = pool[rows]
+            wishes[:, column] = options[missing[: len(rows)]]
+            keep = kept[rows]
+            keep[:, column] = True
+            possible = bounds.fits_batch(wishes.where(keep, space.encode(space.smallest())))
+            if possible.any():
+                rows, changed = rows[possible], True
+                pool[rows] = project_batch(wishes[possible], space, bounds, keep[possible])
+                kept[rows] = keep[possible]
+        if not changed:
+            break
+
+
+def _distinct(pool: Tensor, n: int, space: WidthSpace, bounds: Bounds, generator: torch.Generator) -> Tensor:
+    """`pool` without repetitions, filled up to n networks."""
+    chances = tilted(space, bounds)
+    found = dict.fromkeys(map(tuple, pool.tolist()))
+    for _ in range(_TRIES):
+        if len(found) >= n:
+            break
+        more = project_batch(draw(space, chances, 2 * n, generator), space, bounds)
+        found |= dict.fromkeys(map(tuple, more.tolist()))
+    return torch.tensor(list(found)[:n], dtype=torch.float64)
