@@ -1,0 +1,285 @@
+"""DBS: differentiable budget-aware search of widths.
+
+Starting points near the budget are evaluated; predictors are fitted to them and frozen; the widths are then
+optimised by gradient through the predictors, under the budget, from many starts in one batch, and decoded to
+networks again. Rounds of evaluating, refitting and searching follow.
+
+Source: the DBS abstract and poster. Known from there are the starting points of similar budget, their
+training by the strict path-wise fair sandwich rule, Transformer predictors of accuracy and budget, and that
+gradients search on continuous vectors of sub-networks with both frozen, which a decoder maps back. Everything
+else is a reconstruction: two variants of the continuous vector, all sizes and steps, projection, rounds and
+the final choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nni_dbs.cost import Bounds
+from nni_dbs.errors import ConfigError
+from nni_dbs.pool import draw, starting_points
+from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau
+from nni_dbs.projection import project_batch
+from nni_dbs.search import Searcher
+from nni_dbs.space import Widths, WidthSpace
+
+
+def over_budget(excess: Tensor) -> Tensor:
+    """Penalty (N,) of `budget_excess` (N, I): its squares, where positive, summed over the limits."""
+    return (F.relu(excess) ** 2).sum(-1)
+
+
+def relaxed_search(
+    predictor: TransformerPredictor,
+    starts: Tensor,
+    bounds: Bounds,
+    *,
+    steps: int = 40,
+    lr: float = 0.1,
+    every: int = 5,
+    optimism: float = 1.0,
+    penalty: float = 5.0,
+) -> Tensor:
+    """Gradient search on relaxed widths: each group's options as the softmax of free logits.
+
+    Its points are mixtures of the tokens of real options, so it stays where the predictor was trained, it
+    needs no decoder, and the budget's costs are exact functions of them. The temperature falls from 1 to 0.2;
+    every few steps the options of greatest weight are taken down. The penalty doubles (up to 100) whenever
+    most of these are over the budget. (Reconstruction; the recommended variant.)
+
+    Args:
+        predictor: Fitted.
+        starts: Networks (S, G), all optimised in one batch.
+        bounds: The budget.
+        steps, lr: Of Adam.
+        every: Steps between decodings.
+        optimism: The objective is the predicted mean plus so many standard deviations.
+        penalty: Weight of `over_budget` at first.
+
+    Returns:
+        Different networks (M, G) near the budget, not projected into it.
+    """
+    options = predictor.options
+    logits = (3 * options.encode(starts)).requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=lr)
+    found = []
+    for step in range(1, steps + 1):
+        p = torch.softmax((logits / 0.2 ** (step / steps)).masked_fill(~options.valid, -torch.inf), 2)
+        predicted = predictor.standardised(p)
+        excess = budget_excess(options.relaxed(p), bounds)
+        objective = predicted.mean + optimism * predicted.std - penalty * over_budget(excess)
+        (logits.grad,) = torch.autograd.grad(-objective.sum(), logits)
+        optimizer.step()
+        if step % every == 0:
+            decoded = options.nearest(p.detach())
+            found.append(decoded)
+            if bounds.fits_batch(decoded).double().mean() < 0.5:
+                penalty = min(2 * penalty, 100.0)
+    return torch.cat(found).unique(dim=0)
+
+
+def latent_search(
+    predictor: TransformerPredictor,
+    starts: Tensor,
+    bounds: Bounds,
+    *,
+    rounds: int = 8,
+    ladder: int = 50,
+    step: float = 0.1,
+    penalty: float = 5.0,
+) -> Tensor:
+    """Gradient search on the features that the encoder gives, as DBS has it, with the decoder back to
+    networks.
+
+    The features leave what the decoder knows when they move far, and it gives back the network that they
+    began with when they do not. So, in each round: from each network one gradient, with respect to its
+    features, of the predicted score less the penalty of the budget head; features along it, 1, 2, 3, ...
+    steps away, each token at its length, until they decode to another network (NAO's ladder); and that
+    network, encoded again, is where the next round begins. (Reconstruction; use it for fidelity to DBS,
+    `relaxed_search` for results.)
+
+    Args:
+        predictor: Fitted, with the budget head and the decoder (its `bounds`).
+        starts: Networks (S, G); each member of the ensemble searches from all of them.
+        bounds: The budget.
+        rounds: Networks to find from each start.
+        ladder: Most steps of a round.
+        step: Length of a step, relative to the tokens.
+        penalty: As in `relaxed_search`, of what the budget head says.
+
+    Returns:
+        Different networks (M, G), not projected into the budget.
+
+    Raises:
+        ConfigError: The predictor has no decoder.
+    """
+    if predictor.bounds is None:
+        raise ConfigError("the latent search needs a decoder: make the TransformerPredictor with bounds=")
+    network, options = predictor.network, predictor.options
+    members, (groups, _) = predictor.members, options.shape
+    with torch.no_grad():
+        chosen = network.decode(network(options.encode(starts).float())).argmax(3)  # (E, S, L)
+    scale = torch.arange(1, ladder + 1).reshape(-1, 1, 1, 1, 1) * step  # (R, 1, 1, 1, 1)
+    found = []
+    for _ in range(rounds):
+        h = _encoded_by_member(predictor, chosen).requires_grad_()  # (E, S, L, dim)
+        relaxed = torch.softmax(network.decode(h), 3)
+        score = network.accuracy(h)
+        if predictor.trend is not None:
+            trend, _ = predictor.trend(options.log_ratio(relaxed.flatten(0, 1)))
+            score = score + trend.reshape(members, -1)
+        objective = score - penalty * over_budget(network.budget(h))
+        (slope,) = torch.autograd.grad(objective.sum(), h)
+        with torch.no_grad():
+            length = h.norm(dim=3, keepdim=True)
+            slope = slope / (slope.norm(dim=3, keepdim=True).amax(2, keepdim=True) + 1e-12)
+            rungs = F.normalize(h + scale * length * slope, dim=4) * length  # (R, E, S, L, dim)
+            decoded = network.decode(rungs.transpose(0, 1)).argmax(4)  # (E, R, S, L)
+            new = (decoded != chosen.unsqueeze(1)).any(3)  # (E, R, S)
+            first = new.float().argmax(1)  # (E, S) the lowest rung that is new, else the first
+            index = first.reshape(members, 1, -1, 1).expand(-1, -1, -1, groups)
+            chosen = decoded.gather(1, index).squeeze(1)
+        networks = options.nearest(options.one_hot(chosen.flatten(0, 1)))
+        found.append(networks)
+        if bounds.fits_batch(networks).double().mean() < 0.5:
+            penalty = min(2 * penalty, 100.0)
+    return torch.cat(found).unique(dim=0)
+
+
+def _encoded_by_member(predictor: TransformerPredictor, chosen: Tensor) -> Tensor:
+    """Features (E, S, L, dim) of each member's own networks, given as options (E, S, L)."""
+    members, starts, _ = chosen.shape
+    with torch.no_grad():
+        h = predictor.network(predictor.options.one_hot(chosen.flatten(0, 1)).float())  # (E, E * S, L, dim)
+    h = h.unflatten(1, (members, starts))
+    return h[torch.arange(members), torch.arange(members)]
+
+
+class DBSSearch(Searcher):
+    """The search of DBS, in rounds: evaluate, fit the predictor, search by gradient, evaluate again.
+
+    The default of this package. The first networks that it asks for are the starting points; from then on
+    each `ask` fits the predictor to all that was told, and returns the networks that the frozen predictor
+    promises most of. Ask for few at a time: every round learns from the one before. `best` goes by the
+    predictor fitted to all measurements, not by the luckiest measurement.
+
+    Args:
+        space, bounds, seed: See `Searcher`.
+        points: Starting points: networks, or how many to draw (`starting_points`).
+        latent: Search by `latent_search`, in place of `relaxed_search`.
+        predictor: Default: a `TransformerPredictor` of default sizes. The latent variant needs one with
+        bounds.
+        starts: Known networks, the best by prediction, that the gradient starts from in each round.
+        fresh: New random networks that it starts from too.
+        optimism: Networks are asked for by the predicted mean plus so many standard deviations.
+
+    Attributes:
+        points: The starting points.
+        fits: Of each fit: number of `evaluations`, held-out Kendall `tau` and `tau_in_band` (networks from 80
+            % of the budget on).
+        held_out: Of the last fit: predicted and measured scores (N,).
+    """
+
+    BAND = 0.8
+
+    def __init__(
+        self,
+        space: WidthSpace,
+        bounds: Bounds,
+        seed: int = 0,
+        *,
+        points: int | Sequence[Widths] = 16,
+        latent: bool = False,
+        predictor: TransformerPredictor | None = None,
+        starts: int = 24,
+        fresh: int = 8,
+        optimism: float = 1.0,
+    ) -> None:
+        super().__init__(space, bounds, seed)
+        self.points = (
+            starting_points(space, bounds, points, self.generator)
+            if isinstance(points, int)
+            else list(points)
+        )
+        if len(self.points) < 1:
+            raise ConfigError("DBS needs starting points")
+        self.latent = latent
+        self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
+        self._has_choice = self.predictor.options.shape[0] > 0
+        self.starts = starts
+        self.fresh = fresh
+        self.optimism = optimism
+        self.fits: list[dict[str, float]] = []
+        self.held_out = (torch.empty(0), torch.empty(0))
+
+    def best(self) -> Widths:
+        """The network that the predictor, fitted to all measurements, expects most of, of those evaluated."""
+        self._check_told()
+        if len(self.told) < FEWEST or not self._has_choice:
+            return super().best()
+        self.fit()
+        known = list(self.told)
+        mean = self.predictor.predict(self._encoded(known)).mean
+        return known[int(mean.argmax())]
+
+    def fit(self) -> None:
+        """Fits the predictor to all that was told, unless it is."""
+        if self.fits and self.fits[-1]["evaluations"] == len(self.told):
+            return
+        widths = self._encoded(list(self.told))
+        scores = torch.tensor(list(self.told.values()), dtype=torch.float64)
+        held_out = self.predictor.fit(widths, scores)
+        band = torch.tensor([self.bounds.used(w) >= self.BAND for w in self.told])
+        self.held_out = held_out, scores
+        self.fits.append(
+            {
+                "evaluations": len(scores),
+                "tau": kendall_tau(held_out, scores),
+                "tau_in_band": kendall_tau(held_out[band], scores[band]),
+            }
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "points": [dict(widths) for widths in self.points],
+            "predictor": self.predictor.state_dict(),
+            "fits": list(self.fits),
+            "held_out": self.held_out,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.points = [Widths(widths) for widths in state["points"]]
+        self.predictor.load_state_dict(state["predictor"])
+        self.fits = list(state["fits"])
+        self.held_out = state["held_out"]
+
+    def _propose(self, n: int) -> Sequence[Widths]:
+        waiting = [w for w in self.points if w not in self._asked and w not in self.told]
+        if waiting or len(self.told) < FEWEST or not self._has_choice:
+            return waiting[:n]
+        self.fit()
+        starts = self._starts()
+        if self.latent:
+            found = latent_search(self.predictor, starts, self.bounds)
+        else:
+            found = relaxed_search(self.predictor, starts, self.bounds, optimism=self.optimism)
+        found = project_batch(found, self.space, self.bounds).unique(dim=0)
+        predicted = self.predictor.predict(found)
+        order = (predicted.mean + self.optimism * predicted.std).argsort(descending=True, stable=True)
+        return [self.space.decode(row) for row in found[order]]
+
+    def _starts(self) -> Tensor:
+        """Networks (S, G): those known that the predictor thinks best of, and random ones."""
+        known = self._encoded(list(self.told))
+        best = self.predictor.predict(known).mean.argsort(descending=True, stable=True)[: self.starts]
+        return torch.cat([known[best], draw(self.space, self.chances, self.fresh, self.generator)])
+
+    def _encoded(self, networks: Sequence[Widths]) -> Tensor:
+        return torch.stack([self.space.encode(widths) for widths in networks])
