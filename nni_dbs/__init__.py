@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from nni_dbs.cost import FlopsCost as FlopsCost
     from nni_dbs.cost import ParamsCost as ParamsCost
     from nni_dbs.latency import LatencyCost as LatencyCost
-    from nni_dbs.plugin.pruner import RandomPruner as RandomPruner
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
+    from nni_dbs.plugin.searching import DBSPruner as DBSPruner
+    from nni_dbs.plugin.searching import RandomPruner as RandomPruner
     from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
     from nni_dbs.slimmable import Slimmable as Slimmable
@@ -29,7 +30,8 @@ _MODULES = {
     "FlopsCost": "nni_dbs.cost",
     "ParamsCost": "nni_dbs.cost",
     "LatencyCost": "nni_dbs.latency",
-    "RandomPruner": "nni_dbs.plugin.pruner",
+    "DBSPruner": "nni_dbs.plugin.searching",
+    "RandomPruner": "nni_dbs.plugin.searching",
     "UniformPruner": "nni_dbs.plugin.pruner",
     "load_pruned": "nni_dbs.result",
     "project": "nni_dbs.projection",

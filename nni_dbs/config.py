@@ -19,6 +19,8 @@ from nni_dbs.data import DATASETS
 from nni_dbs.errors import ConfigError
 from torch_pruning_adapters.errors import nearest
 
+FINAL = ("finetune", "scratch", "distill")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -55,7 +57,10 @@ class Config:
         config_list: NNI's selection of layers.
         min_ratio, divisor: See `WidthSpace`.
         train: Of the full model, before pruning (0 epochs: `arguments` bring trained weights).
+        supernet: Of the full model as a supernet, where the method trains one (0 epochs: search without).
         finetune: Of the pruned model.
+        final: How that is trained: `finetune` from the weights that it inherits, from `scratch`, or
+            `distill`: inside of the full model, which teaches it (`Slimmable`).
         seed: Of everything random.
         device: `auto`, `cpu` or `cuda`.
         workers: Processes that load data.
@@ -65,13 +70,15 @@ class Config:
     data: dict[str, Any]
     budget: float | str | dict[str, float | str]
     arguments: dict[str, Any] = field(default_factory=dict)
-    method: str = "uniform"
+    method: str = "dbs"
     options: dict[str, Any] = field(default_factory=dict)
     config_list: list[dict[str, Any]] = field(default_factory=lambda: [{"op_types": ["Conv2d", "Linear"]}])
     min_ratio: float = 0.1
     divisor: int = 8
     train: Recipe = Recipe()
+    supernet: Recipe = Recipe(epochs=5, lr=0.02)
     finetune: Recipe = Recipe(epochs=5, lr=0.01)
+    final: str = "finetune"
     seed: int = 0
     device: str = "auto"
     workers: int = 0
@@ -168,7 +175,11 @@ def _check(config: Config) -> None:
     for option in (p.name for p in parameters if p.default is inspect.Parameter.empty):
         if option not in config.data:
             raise ConfigError(f"the key 'data.{option}' is missing: data set {name!r} needs it")
-    for stage in ("train", "finetune"):
+    if config.final not in FINAL:
+        raise ConfigError(
+            f"final: expected {', '.join(FINAL)}, not {config.final!r}{nearest(config.final, FINAL)}"
+        )
+    for stage in ("train", "supernet", "finetune"):
         recipe: Recipe = getattr(config, stage)
         if recipe.epochs < 0 or recipe.batch_size < 1 or not 0 < recipe.lr < math.inf:
             raise ConfigError(f"{stage}: epochs, batch_size and lr must be positive (epochs may be 0)")

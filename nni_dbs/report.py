@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from nni_dbs import plot
 from nni_dbs.config import Config
 from nni_dbs.cost import PolynomialCost, readable
 from nni_dbs.files import write
-from nni_dbs.result import Result
+from nni_dbs.plot_search import pareto_front, plot_front, plot_predictions, plot_search
+from nni_dbs.result import Result, load_search
+from nni_dbs.space import Widths
 from torch_pruning_adapters import ChannelGroup
+
+SCORE = "validation accuracy (%)"
 
 
 @dataclass
@@ -51,13 +57,56 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_pictures(
     out: Path, result: Result, groups: Sequence[ChannelGroup], flops: PolynomialCost
 ) -> list[Path]:
-    """Draws `widths.png` and `flops.png`; returns their paths."""
+    """Draws `widths.png` and `flops.png`, and those of the search if there was one; returns their paths."""
     full = {g.name: g.size for g in groups}
     kept = {g.name: result.widths.get(g.name, g.size) for g in groups}
     plot.save(plot.plot_widths(full, kept, f"Widths chosen by {result.method}"), out / "widths.png")
     before, after = flops.by_layer({}), flops.by_layer(result.widths)
     plot.save(plot.plot_cost(before, after, title="Where the FLOPs went"), out / "flops.png")
-    return [out / "widths.png", out / "flops.png"]
+    return [out / "widths.png", out / "flops.png", *_search_pictures(out, result)]
+
+
+def _search_pictures(out: Path, result: Result) -> list[Path]:
+    """`search.png` and `front.png` from `search.jsonl`, `predictions.png` from the predictor's last fit."""
+    figures: dict[str, Figure] = {}
+    lines = load_search(out / "search.jsonl")
+    if lines:
+        scores = [line["score"] for line in lines]
+        networks = [Widths(line["widths"]) for line in lines]
+        chosen = networks.index(result.widths) if result.widths in networks else None
+        figures["search"] = plot_search(
+            [line["used"] for line in lines],
+            scores,
+            [line["stage"] for line in lines],
+            chosen,
+            unit=SCORE,
+            title=f"The search of {result.method}",
+        )
+        cost = [line["flops"] for line in lines]
+        front = pareto_front(cost, scores)
+        figures["front"] = plot_front(cost, scores, front, chosen, score_unit=SCORE)
+    if result.held_out and result.held_out["measured"]:
+        figures["predictions"] = plot_predictions(
+            result.held_out["predicted"],
+            result.held_out["measured"],
+            [bool(near) for near in result.held_out["in_band"]],
+            result.fits[-1]["tau"],
+            result.fits[-1]["tau_in_band"],
+            unit=SCORE,
+        )
+    for name, figure in figures.items():
+        plot.save(figure, out / f"{name}.png")
+    return [out / f"{name}.png" for name in figures]
+
+
+def _counts(result: Result) -> list[str]:
+    if not result.counts:
+        return []
+    lines = [f"{name}: {count}" for name, count in result.counts.items()]
+    if result.fits:
+        last = result.fits[-1]
+        lines.append(f"held-out Kendall tau: {last['tau']:.2f}, near the budget {last['tau_in_band']:.2f}")
+    return [f"Search: {', '.join(lines)}.", ""]
 
 
 def write_report(
@@ -69,13 +118,16 @@ def write_report(
     flops: PolynomialCost,
 ) -> None:
     """`report.md` with its pictures."""
-    write_pictures(out, result, groups, flops)
+    pictures = write_pictures(out, result, groups, flops)
+    latency = ""
+    if result.latency_ms is not None and result.full_latency_ms is not None:
+        latency = f" Latency when chosen: {result.latency_ms:.2f} of {result.full_latency_ms:.2f} ms."
     lines = [
         f"# {config.model} on {config.data['name']}, pruned by {result.method}",
         "",
         f"Budget: {result.budget}. The network has {result.flops:,} of {result.full_flops:,} FLOPs "
         f"({result.flops / result.full_flops:.1%}) and {result.params:,} of {result.full_params:,} "
-        f"parameters ({result.params / result.full_params:.1%}).",
+        f"parameters ({result.params / result.full_params:.1%}).{latency}",
         "",
         f"| {' | '.join(HEADER)} |",
         f"|{'---|' * len(HEADER)}",
@@ -84,10 +136,8 @@ def write_report(
         "FLOPs are multiply-adds of one sample. Latency is the median forward pass of one sample on "
         f"{result.device}; compare it within this table only.",
         "",
-        "![widths](widths.png)",
-        "",
-        "![FLOPs](flops.png)",
-        "",
+        *(line for path in pictures for line in (f"![{path.stem}]({path.name})", "")),
+        *_counts(result),
         "| stage | seconds |",
         "|---|---|",
         *(f"| {name} | {seconds:.1f} |" for name, seconds in result.seconds.items()),

@@ -42,7 +42,12 @@ class Result:
         flops, full_flops: Multiply-adds of one sample, pruned and full.
         params, full_params: Number of parameters, pruned and full.
         metrics: Metric at each stage that measured it.
+        latency_ms, full_latency_ms: Measured milliseconds of one sample, pruned and full, where the budget
+            bounds them, and `latency_error`, the mean relative error of the model that predicted them.
         evaluations: Number of sub-networks that were evaluated.
+        counts: Of each stage: starting points, training steps of the supernet, fits of the predictor, ...
+        fits: Of each fit of a predictor: evaluations, held-out Kendall tau, the same in the budget's band.
+        held_out: Predicted and measured scores of the last fit, and which are in the band.
         seconds: Wall time of each stage.
         device: Where it ran.
         versions: Of the packages that matter.
@@ -57,7 +62,13 @@ class Result:
     params: int
     full_params: int
     metrics: dict[str, float] = field(default_factory=dict)
+    latency_ms: float | None = None
+    full_latency_ms: float | None = None
+    latency_error: float | None = None
     evaluations: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+    fits: list[dict[str, float]] = field(default_factory=list)
+    held_out: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=lambda: package_versions())
@@ -147,6 +158,29 @@ def load_result(directory: str | Path) -> Result:
     except (TypeError, ValueError) as error:
         raise ResultError(f"{path} is damaged ({error})") from error
     return result
+
+
+def load_search(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a `search.jsonl`, one for each evaluated network; none if there is no such file.
+
+    A last line that a crash cut short is removed from the file.
+
+    Raises:
+        ResultError: Other lines are damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    *lines, rest = path.read_text().split("\n")
+    if rest:
+        write(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
+    try:
+        found = [json.loads(line) for line in lines]
+        for line in found:
+            Widths(line["widths"]), float(line["score"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResultError(f"{path} is damaged ({error!r}); delete it to evaluate again") from error
+    return found
 
 
 def load_pruned(directory: str | Path, model: nn.Module | None = None) -> nn.Module:

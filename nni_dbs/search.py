@@ -51,7 +51,8 @@ class Searcher(ABC):
         self.bounds = bounds
         self.generator = torch.Generator().manual_seed(seed)
         self.told: dict[Widths, float] = {}
-        self._asked: dict[Widths, None] = {}
+        self._asked: dict[Widths, str] = {}
+        self._rounds = 0
 
     @cached_property
     def chances(self) -> Tensor:
@@ -67,7 +68,8 @@ class Searcher(ABC):
                     found[widths] = None
             if len(found) == n:
                 break
-        self._asked |= found
+        self._rounds += 1
+        self._asked |= dict.fromkeys(found, self._stage())
         return list(found)
 
     def tell(self, widths: Mapping[str, int], score: float) -> None:
@@ -87,31 +89,45 @@ class Searcher(ABC):
         self.told[widths] = float(score)
 
     def best(self) -> Widths:
-        """The network to keep: that of the highest score, of those told.
+        """The network to keep: the first of `ranked`."""
+        return self.ranked()[0]
+
+    def ranked(self) -> list[Widths]:
+        """All networks that were told, the best first: by their scores.
 
         Raises:
             TrainingError: Nothing was told.
         """
-        self._check_told()
-        return max(self.told, key=self.told.__getitem__)
+        if not self.told:
+            raise TrainingError("no network was evaluated yet, so none can be chosen")
+        return sorted(self.told, key=self.told.__getitem__, reverse=True)
+
+    def stage(self, widths: Widths) -> str:
+        """What a network was asked for as, for records and pictures."""
+        return self._asked.get(widths, "told")
 
     def state_dict(self) -> dict[str, Any]:
         """All that proposals depend on."""
         return {
             "told": [(dict(widths), score) for widths, score in self.told.items()],
-            "asked": [dict(widths) for widths in self._asked],
+            "asked": [(dict(widths), stage) for widths, stage in self._asked.items()],
+            "rounds": self._rounds,
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state of a searcher that was made alike."""
         self.told = {Widths(widths): score for widths, score in state["told"]}
-        self._asked = dict.fromkeys(map(Widths, state["asked"]))
+        self._asked = {Widths(widths): stage for widths, stage in state["asked"]}
+        self._rounds = state["rounds"]
         self.generator.set_state(state["generator"])
 
     @abstractmethod
     def _propose(self, n: int) -> Sequence[Widths]:
         """About n networks inside of the budget; `ask` leaves out those that are known."""
+
+    def _stage(self) -> str:
+        return f"round {self._rounds}"
 
     def _anything(self, n: int) -> list[Widths]:
         """Where a searcher has no new ideas: networks near the budget, at random."""
@@ -122,10 +138,6 @@ class Searcher(ABC):
         """Wishes (N, G) as networks, without repetitions."""
         rows = project_batch(wishes, self.space, self.bounds, keep)
         return list(dict.fromkeys(self.space.decode(row) for row in rows))
-
-    def _check_told(self) -> None:
-        if not self.told:
-            raise TrainingError("no network was evaluated yet, so none can be chosen")
 
 
 class RandomSearch(Searcher):
@@ -172,7 +184,7 @@ class EvolutionSearch(Searcher):
         if len(self.told) < min(self.initial, 2):
             return self._anything(n)
         random = min(max(self.initial - len(self._asked), 0), n)
-        best = sorted(self.told, key=self.told.__getitem__, reverse=True)[: self.parents]
+        best = self.ranked()[: self.parents]
         rows = torch.stack([self.space.encode(widths) for widths in best])
         bred = self._bred(rows, 2 * (n - random))
         return [*(self._anything(random)[:random] if random else []), *bred]
@@ -207,7 +219,7 @@ class GreedySearch(Searcher):
         if not self.told:
             return [*uniform, *self._neighbours(uniform[0])]
         proposals: list[Widths] = []
-        for widths in sorted(self.told, key=self.told.__getitem__, reverse=True):
+        for widths in self.ranked():
             proposals += [w for w in self._neighbours(widths) if w not in self._asked and w not in self.told]
             if len(proposals) >= n:
                 break

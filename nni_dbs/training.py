@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from nni_dbs.config import Recipe
 from nni_dbs.data import loader
-from nni_dbs.errors import ResultError, TrainingError
+from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.files import write
-from nni_dbs.steps import SupernetStep
+from nni_dbs.steps import SupernetStep, kl_divergence, logits_of
 
 Batch = tuple[Tensor, Tensor]
 
@@ -48,6 +48,39 @@ def training_step(label_smoothing: float) -> Callable[[Batch, nn.Module], Tensor
         return torch.stack([losses[0], *(0.3 * loss for loss in losses[1:])]).sum()
 
     return step
+
+
+def distilling_step(label_smoothing: float) -> Callable[[Batch, nn.Module], Tensor]:
+    """The loss of a batch for a `Slimmable`: the full network's, and what the small one's outputs differ."""
+
+    def step(batch: Batch, model: nn.Module) -> Tensor:
+        images, labels = batch
+        full, small = map(logits_of, model(images))
+        loss = nn.functional.cross_entropy(full, labels, label_smoothing=label_smoothing)
+        return loss + kl_divergence(small, full)
+
+    return step
+
+
+def reinitialise(model: nn.Module, seed: int) -> None:
+    """Draws all weights anew, as their layers do when they are made.
+
+    Raises:
+        ConfigError: Some parameters belong to modules that cannot.
+    """
+    torch.manual_seed(seed)
+    drawn: set[int] = set()
+    for module in model.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+            drawn |= {id(parameter) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in drawn:
+            raise ConfigError(
+                f"final: nothing resets {name!r}, so this model cannot be trained from scratch; use finetune "
+                "or distill"
+            )
 
 
 def training_loop(

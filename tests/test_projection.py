@@ -10,13 +10,13 @@ import torch
 from helpers import CASES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import get_model
 
 from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError
-from nni_dbs.projection import project
+from nni_dbs.projection import project, project_batch
 from torch_pruning_adapters import find_channel_groups
 
 Costs = dict[str, Any]
@@ -179,3 +179,155 @@ def test_a_network_without_groups() -> None:
     space = WidthSpace.from_model(model, x)
     bounds = Budget.parse(1.0).bound({"flops": FlopsCost(model, x, ())})
     assert project({}, space, bounds) == {}
+
+
+# --- many at once ------------------------------------------------------------------------------------
+
+
+def by_hand(wish: list[float], space: WidthSpace, bounds: Bounds, keep: list[bool]) -> Widths | None:
+    """The projection of one wish by trying every factor; None where what is kept breaks the budget."""
+    names = space.names
+    kept = dict(zip(names, keep, strict=True))
+    aim = {name: max(w, 1.0) for name, w in zip(names, wish, strict=True)}
+
+    def scaled(factor: float) -> Widths:
+        wide = {name: w if kept[name] else w * factor * (1 + 1e-12) for name, w in aim.items()}
+        return Widths({name: widest(space.choices(name), w) for name, w in wide.items()})
+
+    factors = sorted({c / aim[name] for name in names for c in space.choices(name)})
+    fitting = [w for w in map(scaled, [0.0, *factors]) if bounds.fits(w)]
+    if not fitting:
+        return None
+    found = fitting[-1]
+    while candidates := [name for name in growable(found, space, bounds) if not kept[name]]:
+        after = {name: min(c for c in space.choices(name) if c > found[name]) for name in candidates}
+        lowest = min(candidates, key=lambda name: after[name] / aim[name])
+        found = Widths({**found, lowest: after[lowest]})
+    return found
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[WidthSpace, Bounds, Tensor, Tensor]:
+    """Up to six wishes, whole or relaxed, and which of their groups are kept."""
+    space, bounds, _ = draw(
+        problems([("concat_then_add", 1), ("residual", 1), ("grouped", 1), ("resnet18", 32)])
+    )
+    n = draw(st.integers(1, 6))
+    rows = [
+        [
+            draw(st.integers(0, 2 * g.size) | st.floats(0.1, 2 * g.size, allow_subnormal=False))
+            for g in space.groups
+        ]
+        for _ in range(n)
+    ]
+    keep = draw(
+        st.lists(
+            st.lists(st.booleans(), min_size=len(rows[0]), max_size=len(rows[0])), min_size=n, max_size=n
+        )
+    )
+    return space, bounds, torch.tensor(rows, dtype=torch.float64), torch.tensor(keep)
+
+
+@settings(max_examples=80, deadline=None)
+@given(batch=batches())
+def test_a_batch_is_its_rows_and_each_is_the_projection_by_hand(
+    batch: tuple[WidthSpace, Bounds, Tensor, Tensor],
+) -> None:
+    space, bounds, wishes, _ = batch
+    found = project_batch(wishes, space, bounds)
+    assert found.dtype == torch.float64
+    assert bounds.fits_batch(found).all()
+    for row, wish in zip(found, wishes, strict=True):
+        assert torch.equal(project_batch(wish.unsqueeze(0), space, bounds)[0], row)
+        assert by_hand(wish.tolist(), space, bounds, [False] * len(wish)) == space.decode(row)
+
+
+@settings(max_examples=80, deadline=None)
+@given(batch=batches())
+def test_kept_groups_stay_and_the_others_fill_the_budget(
+    batch: tuple[WidthSpace, Bounds, Tensor, Tensor],
+) -> None:
+    space, bounds, wishes, keep = batch
+    expected = [
+        by_hand(wish, space, bounds, kept) for wish, kept in zip(wishes.tolist(), keep.tolist(), strict=True)
+    ]
+    if None in expected:
+        with pytest.raises(BudgetError, match="below the smallest network"):
+            project_batch(wishes, space, bounds, keep)
+    possible = [i for i, widths in enumerate(expected) if widths is not None]
+    found = project_batch(wishes[possible], space, bounds, keep[possible])
+    assert [space.decode(row) for row in found] == [expected[i] for i in possible]
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=problems())
+def test_a_batch_of_whole_wishes_is_project(problem: Problem) -> None:
+    space, bounds, wish = problem
+    wishes = [wish, space.smallest(), {}, space.uniform(0.5)]
+    found = project_batch(torch.stack([space.encode(w) for w in wishes]), space, bounds)
+    assert [space.decode(row) for row in found] == [project(w, space, bounds) for w in wishes]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.9])
+def test_three_limits_hold_for_a_thousand_wishes(share: float) -> None:
+    space, costs = priced("resnet18", 8)
+    space = space.within({space.names[0]: (0.2, 1.0)})
+    low_resolution = FlopsCost(get_model("resnet18", weights=None), torch.zeros(1, 3, 32, 32), space.groups)
+    bounds = Bounds(
+        (
+            *Budget.parse({"flops": share, "params": 0.9 * share}).bound(costs).limits,
+            *Budget.parse(0.95 * share).bound({"flops": low_resolution}).limits,
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    wishes = torch.rand(1000, len(space.names), generator=generator) * 600
+    found = project_batch(wishes, space, bounds)
+    choices, counts = space.padded_choices()
+    assert bounds.fits_batch(found).all()
+    for column in range(len(space.names)):
+        positions = torch.searchsorted(choices[column], found[:, column].contiguous())
+        assert torch.equal(choices[column, positions], found[:, column])
+        wider = positions + 1 < counts[column]
+        grown = found[wider].clone()
+        grown[:, column] = choices[column, positions[wider] + 1]
+        assert not bounds.fits_batch(grown).any()
+
+
+def test_arguments_are_left_alone() -> None:
+    space, costs = priced("residual", 1)
+    bounds = Budget.parse(0.5).bound(costs)
+    wishes, keep = torch.tensor([[0.0, 9.0], [2.0, 1.0]]), torch.tensor([[True, False], [False, False]])
+    before = wishes.clone(), keep.clone()
+    project_batch(wishes, space, bounds, keep)
+    assert torch.equal(wishes, before[0])
+    assert torch.equal(keep, before[1])
+
+
+def test_no_wishes_are_no_networks() -> None:
+    space, costs = priced("residual", 1)
+    bounds = Budget.parse(0.5).bound(costs)
+    assert project_batch(torch.empty(0, 2), space, bounds).shape == (0, 2)
+    assert project_batch(torch.empty(0, 2), space, bounds, torch.empty(0, 2, dtype=torch.bool)).shape == (
+        0,
+        2,
+    )
+
+
+def test_everything_kept_is_returned_even_where_it_could_grow() -> None:
+    space, costs = priced("residual", 1)
+    bounds = Budget.parse(1.0).bound(costs)
+    wishes = torch.tensor([[3.0, 2.0], [6.0, 1.0]])
+    assert torch.equal(
+        project_batch(wishes, space, bounds, torch.ones(2, 2, dtype=torch.bool)), wishes.double()
+    )
+    assert project_batch(wishes, space, bounds).tolist() == [[6, 4], [6, 4]]
+
+
+def test_what_cannot_be_kept() -> None:
+    space, costs = priced("residual", 1)
+    bounds = Budget.parse(0.3).bound(costs)
+    wishes = torch.tensor([[1.0, 1.0], [6.0, 4.0]])
+    keep = torch.tensor([[True, True], [True, False]])
+    assert bounds.fits_batch(project_batch(wishes, space, bounds)).all()
+    with pytest.raises(BudgetError, match=r"below the smallest network .*reachable are"):
+        project_batch(wishes, space, bounds, keep)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -106,6 +107,73 @@ def test_from_model() -> None:
     space = WidthSpace.from_model(model, x, min_ratio=0.5, divisor=1, ignore=["a"])
     assert space.choices("stem") == (3, 4, 5, 6)
     assert space.choices("a") == (4,)
+
+
+# --- options and padding -----------------------------------------------------------------------------
+
+
+def test_options_are_all_choices_of_narrow_groups(space: WidthSpace) -> None:
+    assert [space.options(n) for n in space.names] == [space.choices(n) for n in space.names]
+    assert space.options("a", limit=4) == (16, 32, 48, 64)
+
+
+def test_options_are_thinned_evenly() -> None:
+    space = WidthSpace([group("a", 19), group("b", 11), group("c", 100)], min_ratio=0, divisor=1)
+    assert space.options("a") == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19)
+    assert space.options("a", limit=2) == (1, 19)
+    assert space.options("b", limit=3) == (1, 6, 11)
+    assert space.options("c") == tuple(range(1, 101, 11))
+
+
+@given(size=st.integers(1, 200), limit=st.integers(2, 40), frozen=st.booleans())
+def test_options_are_choices_with_both_ends_and_steps_that_differ_by_one(
+    size: int, limit: int, frozen: bool
+) -> None:
+    space = WidthSpace([group("a", size, frozen="so" if frozen else None)], min_ratio=0, divisor=1)
+    choices, options = space.choices("a"), space.options("a", limit)
+    assert len(options) == min(len(choices), limit)
+    assert (options[0], options[-1]) == (choices[0], choices[-1])
+    assert set(options) <= set(choices)
+    steps = [b - a for a, b in itertools.pairwise(options)]
+    assert all(step > 0 for step in steps)
+    assert max(steps, default=1) - min(steps, default=1) <= 1
+
+
+def test_options_follow_bounds(space: WidthSpace) -> None:
+    assert space.within({"a": (0.5, 0.75)}).options("a") == (32, 48)
+
+
+def test_padded_choices(space: WidthSpace) -> None:
+    inf = float("inf")
+    padded, counts = space.padded_choices()
+    assert padded.dtype == torch.float64
+    assert padded.tolist() == [
+        [16, 32, 48, 64],
+        [12, 36, 48, inf],
+        [10, inf, inf, inf],
+        [32, inf, inf, inf],
+    ]
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == [4, 3, 1, 1]
+
+
+def test_padded_choices_are_exact_for_wide_groups() -> None:
+    """As float32, 2**24 + 1 would be even."""
+    wide = WidthSpace([group("a", 2**24 + 1)], min_ratio=1.0, divisor=2**24)
+    assert wide.padded_choices()[0].tolist() == [[2**24 + 1]]
+
+
+def test_padded_choices_follow_bounds(space: WidthSpace) -> None:
+    padded, counts = space.within({"a": (0.5, 0.75), "b": (1.0, 1.0)}).padded_choices()
+    assert padded[:2].tolist() == [[32, 48], [48, float("inf")]]
+    assert counts.tolist() == [2, 1, 1, 1]
+
+
+def test_padded_choices_without_groups_can_be_indices() -> None:
+    padded, counts = WidthSpace([]).padded_choices()
+    assert padded.shape == (0, 1)
+    assert counts.shape == (0,)
+    assert counts.dtype == torch.int64
 
 
 # --- picking -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ the final choice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,20 @@ from nni_dbs.errors import ConfigError
 from nni_dbs.pool import draw, starting_points
 from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau
 from nni_dbs.projection import project_batch
+from nni_dbs.sampling import Step, draw_options, draw_paths, path_fair, sandwich, spfs, uniform
 from nni_dbs.search import Searcher
 from nni_dbs.space import Widths, WidthSpace
+
+Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
+
+RULES: dict[str, Rule] = {
+    "spfs": lambda space, points, g, n: spfs(space, draw_paths(points, g, n)),
+    "spfs_options": lambda space, points, g, n: spfs(space, draw_options(space, g, n)),
+    "path_fair": lambda space, points, g, n: path_fair(draw_paths(points, g, n)),
+    "sandwich": lambda space, points, g, n: sandwich(space, g, n + 2),
+    "uniform": lambda space, points, g, n: uniform(space, g),
+}
+"""How the starting points' supernet can be trained: (space, points, generator, paths a step) -> steps."""
 
 
 def over_budget(excess: Tensor) -> Tensor:
@@ -182,7 +194,7 @@ class DBSSearch(Searcher):
         points: The starting points.
         fits: Of each fit: number of `evaluations`, held-out Kendall `tau` and `tau_in_band` (networks from 80
             % of the budget on).
-        held_out: Of the last fit: predicted and measured scores (N,).
+        held_out: Of the last fit: predicted and measured scores (N,), and which are in the band (N,) bool.
     """
 
     BAND = 0.8
@@ -215,17 +227,16 @@ class DBSSearch(Searcher):
         self.fresh = fresh
         self.optimism = optimism
         self.fits: list[dict[str, float]] = []
-        self.held_out = (torch.empty(0), torch.empty(0))
+        self.held_out = (torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool))
 
-    def best(self) -> Widths:
-        """The network that the predictor, fitted to all measurements, expects most of, of those evaluated."""
-        self._check_told()
-        if len(self.told) < FEWEST or not self._has_choice:
-            return super().best()
+    def ranked(self) -> list[Widths]:
+        """All networks that were told, as the predictor ranks them that is fitted to all measurements."""
+        known = super().ranked()
+        if len(known) < FEWEST or not self._has_choice:
+            return known
         self.fit()
-        known = list(self.told)
         mean = self.predictor.predict(self._encoded(known)).mean
-        return known[int(mean.argmax())]
+        return [known[i] for i in mean.argsort(descending=True, stable=True)]
 
     def fit(self) -> None:
         """Fits the predictor to all that was told, unless it is."""
@@ -235,7 +246,7 @@ class DBSSearch(Searcher):
         scores = torch.tensor(list(self.told.values()), dtype=torch.float64)
         held_out = self.predictor.fit(widths, scores)
         band = torch.tensor([self.bounds.used(w) >= self.BAND for w in self.told])
-        self.held_out = held_out, scores
+        self.held_out = held_out, scores, band
         self.fits.append(
             {
                 "evaluations": len(scores),
@@ -274,6 +285,9 @@ class DBSSearch(Searcher):
         predicted = self.predictor.predict(found)
         order = (predicted.mean + self.optimism * predicted.std).argsort(descending=True, stable=True)
         return [self.space.decode(row) for row in found[order]]
+
+    def _stage(self) -> str:
+        return f"round {len(self.fits)}" if self.fits else "points"
 
     def _starts(self) -> Tensor:
         """Networks (S, G): those known that the predictor thinks best of, and random ones."""

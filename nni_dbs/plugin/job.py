@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import nni
 import torch
 from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.benchmark import Timer
 
 from nni_dbs.config import Config, Recipe, load_config
 from nni_dbs.cost import FlopsCost
@@ -24,8 +23,10 @@ from nni_dbs.data import DATASETS, Splits, loader
 from nni_dbs.errors import ConfigError, ResultError
 from nni_dbs.evaluate import recalibrate_batchnorm
 from nni_dbs.files import write
+from nni_dbs.latency import medians_ms
 from nni_dbs.models import build_model
-from nni_dbs.plugin.pruner import RandomPruner, UniformPruner, WidthPruner
+from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
+from nni_dbs.plugin.searching import DBSPruner, RandomPruner
 from nni_dbs.report import Row, write_pictures, write_report
 from nni_dbs.result import (
     load_groups,
@@ -35,10 +36,20 @@ from nni_dbs.result import (
     save_pruned,
     save_result,
 )
-from nni_dbs.training import accuracy, sgd, training_loop, training_step
+from nni_dbs.slimmable import Slimmable
+from nni_dbs.training import (
+    accuracy,
+    distilling_step,
+    reinitialise,
+    sgd,
+    training_loop,
+    training_step,
+)
 from torch_pruning_adapters.errors import nearest
 
-METHODS: dict[str, type[WidthPruner]] = {p.method: p for p in (UniformPruner, RandomPruner)}
+METHODS: dict[str, type[WidthPruner]] = {p.method: p for p in (DBSPruner, UniformPruner, RandomPruner)}
+
+_TRAINED = {"finetune": "fine-tuned", "scratch": "from scratch", "distill": "distilled"}
 
 
 @dataclass
@@ -58,7 +69,9 @@ class _Run:
         yield
         self.seconds[name] = time.perf_counter() - started
 
-    def evaluator(self, model: nn.Module, recipe: Recipe, name: str, checkpoint: bool) -> TorchEvaluator:
+    def evaluator(
+        self, model: nn.Module, recipe: Recipe, name: str, checkpoint: bool, step: Any = None
+    ) -> TorchEvaluator:
         """NNI's evaluator around the shell's own loop; it scores on the search-validation data."""
         path = self.out / "checkpoint" / f"{name}.safetensors"
         loop = training_loop(
@@ -74,18 +87,18 @@ class _Run:
         return TorchEvaluator(
             loop,
             sgd(model, recipe, nni.trace(SGD)),
-            training_step(recipe.label_smoothing),
+            step or training_step(recipe.label_smoothing),
             dummy_input=self.example(),
             evaluating_func=lambda m: accuracy(
                 m, self.splits.validation, device=self.device, workers=self.config.workers
             ),
         )
 
-    def train(self, model: nn.Module, recipe: Recipe, name: str) -> None:
+    def train(self, model: nn.Module, recipe: Recipe, name: str, step: Any = None) -> None:
         """One stage of training, which resumes from its checkpoint."""
         if recipe.epochs == 0:
             return
-        evaluator = self.evaluator(model, recipe, name, checkpoint=True)
+        evaluator = self.evaluator(model, recipe, name, checkpoint=True, step=step)
         evaluator._init_optimizer_helpers(model)
         evaluator.bind_model(model)
         evaluator.train(max_epochs=recipe.epochs)
@@ -123,21 +136,22 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
     model = build_model(config.model, config.arguments).to(device)
     with run.stage("check"):  # before the training, what could not be pruned after it
         _check_outputs(model, run)
-        _pruner(pruner_class, copy.deepcopy(model), run)
+        _pruner(pruner_class, copy.deepcopy(model), run, resume)
     write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
     with run.stage("train"):
         run.train(model, config.train, "train")
     rows = [Row("full", test_accuracy=run.test(model))]
 
     with run.stage("prune"):
-        pruner = _pruner(pruner_class, model, run)
-        pruner.compress()
+        pruner = _pruner(pruner_class, model, run, resume)
+        pruner.compress(max_epochs=config.supernet.epochs if pruner.trains_supernet else None)
         small = pruner.export()
+        pruner.unwrap_model()
         run.recalibrate(small)
     rows.append(Row("pruned", test_accuracy=run.test(small)))
     with run.stage("finetune"):
-        run.train(small, config.finetune, "finetune")
-    rows.append(Row("fine-tuned", test_accuracy=run.test(small)))
+        small = _finally_trained(model, small, pruner, run)
+    rows.append(Row(_TRAINED[config.final], test_accuracy=run.test(small)))
 
     result = pruner.result
     source = {
@@ -151,8 +165,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         _check_reloaded(small, reloaded, run.example())
     rows.append(Row("reloaded", test_accuracy=run.test(reloaded)))
     with run.stage("latency"):
-        pruner.unwrap_model()
-        full_ms, small_ms = latency_ms([model.eval(), reloaded.eval()], run.example())
+        full_ms, small_ms = medians_ms([model.eval(), reloaded.eval()], run.example())
 
     for row in rows:
         pruned = row.stage != "full"
@@ -162,7 +175,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
     result.metrics = {row.stage: row.test_accuracy for row in rows}
     result.seconds = {**run.seconds, **result.seconds}
     save_result(out, result)
-    write_report(out, config, result, rows, pruner.space.groups, pruner.costs["flops"])
+    write_report(out, config, result, rows, pruner.space.groups, pruner.flops)
     return rows
 
 
@@ -199,30 +212,24 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def latency_ms(models: list[nn.Module], example: Tensor, rounds: int = 7) -> list[float]:
-    """Median milliseconds of one forward pass of each model, measured in turns so that drift hits all."""
-    times: list[list[float]] = [[] for _ in models]
-    threads = torch.get_num_threads()
-    with torch.no_grad():
-        timers = [
-            Timer(
-                "model(example)",
-                globals={"model": m, "example": example},
-                num_threads=threads,
-            )
-            for m in models
-        ]
-        for timer in timers:
-            timer.timeit(3)
-        for _ in range(rounds):
-            for timer, measured in zip(timers, times, strict=True):
-                measured.append(timer.blocked_autorange(min_run_time=0.05).median * 1e3)
-    return [median(measured) for measured in times]
+def _finally_trained(model: nn.Module, small: nn.Module, pruner: WidthPruner, run: _Run) -> nn.Module:
+    """The pruned model after its final training, as the configuration has it."""
+    recipe = run.config.finetune
+    if run.config.final == "distill":
+        pair = Slimmable(model, pruner.space.groups, pruner.widths, pruner.order)
+        run.train(pair, recipe, "finetune", distilling_step(recipe.label_smoothing))
+        return pair.small()
+    if run.config.final == "scratch":
+        reinitialise(small, run.config.seed)
+    run.train(small, recipe, "finetune")
+    return small
 
 
-def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run) -> WidthPruner:
+def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume: bool) -> WidthPruner:
     config = run.config
-    evaluator = run.evaluator(model, config.finetune, "calibrate", checkpoint=False)
+    trains = pruner_class.trains_supernet
+    recipe, name = (config.supernet, "supernet") if trains else (config.finetune, "calibrate")
+    evaluator = run.evaluator(model, recipe, name, checkpoint=trains)
     try:
         return pruner_class(
             model,
@@ -234,6 +241,8 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run) -> Wid
             seed=config.seed,
             quiet=run.quiet,
             log=run.out / "search.jsonl",
+            resume=resume,
+            latency_table=run.out / "latency.json",
             **config.options,
         )
     except TypeError as error:
@@ -265,6 +274,9 @@ def _check_same_run(config: Config, out: Path) -> None:
         return
     before = load_config(path)
     decisive = ["model", "arguments", "data", "seed", "train"]
+    started = [out / "checkpoint" / "supernet.safetensors", out / "search.jsonl"]
+    if any(path.exists() for path in started):
+        decisive += ["method", "options", "budget", "config_list", "min_ratio", "divisor", "supernet"]
     if (out / "checkpoint" / "finetune.safetensors").exists() or (out / "result.json").exists():
         decisive = [field.name for field in dataclasses.fields(Config)]
     if any(getattr(before, name) != getattr(config, name) for name in decisive):

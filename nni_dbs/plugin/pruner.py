@@ -11,7 +11,6 @@ NNI has no registry of pruners: importing the class is the registration.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 import warnings
@@ -28,11 +27,11 @@ from nni.compression.base.setting import PruningSetting
 from nni.compression.utils.evaluator import Evaluator
 from schema import SchemaError
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from nni_dbs.cost import Bounds, Budget, FlopsCost, Limit, ParamsCost
+from nni_dbs.cost import Bounds, Budget, Cost, FlopsCost, Limit, ParamsCost
 from nni_dbs.errors import BudgetError, ConfigError
-from nni_dbs.plugin.evaluator import recalibrate_batchnorm, repair, score
+from nni_dbs.latency import LatencyCost
+from nni_dbs.plugin.evaluator import repair
 from nni_dbs.projection import project
 from nni_dbs.result import Result, describe_device, save_pruned
 from nni_dbs.space import Widths, WidthSpace
@@ -60,6 +59,7 @@ SELECTING_KEYS = (
 )
 RATIO_KEYS = ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")
 KEYS = (*SELECTING_KEYS, *RATIO_KEYS)
+_LATENCY_TRIES = 10
 
 
 class WidthPruner(Pruner):
@@ -84,8 +84,11 @@ class WidthPruner(Pruner):
         importance: Which channels stay; see `torch_pruning_adapters.importance`.
         seed: Of everything random.
         quiet: No progress bars.
-        log: A file that gets one JSON line for each network that a search evaluates, at once; `compress`
-            begins it anew.
+        log: A file that gets one JSON line for each network that a search evaluates, at once.
+        resume: Take the scores that `log` has instead of evaluating these networks again. Otherwise
+            `compress` begins it anew.
+        latency_table: Where measured latencies are kept and found again, see `LatencyCost`; for budgets that
+            bound `latency_ms`, which is that of one sample on the model's device.
 
     Raises:
         BudgetError: Unreadable or impossible budget.
@@ -94,6 +97,7 @@ class WidthPruner(Pruner):
     """
 
     method: str
+    trains_supernet = False  # whether compress() takes a duration
 
     def __init__(
         self,
@@ -110,6 +114,8 @@ class WidthPruner(Pruner):
         seed: int = 0,
         quiet: bool = False,
         log: str | Path | None = None,
+        resume: bool = False,
+        latency_table: str | Path | None = None,
     ) -> None:
         parsed = None if budget is None else Budget.parse(budget)
         if _wrappers(model):
@@ -124,8 +130,11 @@ class WidthPruner(Pruner):
         inputs = _one_sample(model, example_inputs, evaluator, parsed)
         groups = tuple(_frozen_unless_selected(g, selected) for g in find_channel_groups(model, inputs))
         self.space = _bounded(WidthSpace(groups, min_ratio, divisor), selected)
-        self.costs = {"flops": FlopsCost(model, inputs, groups), "params": ParamsCost(model, groups)}
+        self.flops, self.params = FlopsCost(model, inputs, groups), ParamsCost(model, groups)
+        self.latency: LatencyCost | None = None
         self.budget = parsed or self._budget_of_sparse_ratio(selected)
+        if any(limit.kind == "latency_ms" for limit in self.budget.limits):
+            self.latency = LatencyCost(model, inputs, self.space, table=latency_table, seed=seed, quiet=quiet)
         self.bounds: Bounds = self.budget.bound(self.costs)
         self.bounds.check_reachable(self.space.smallest(), self.space.largest())
         self.example_inputs = inputs
@@ -133,6 +142,7 @@ class WidthPruner(Pruner):
         self.seed = seed
         self.quiet = quiet
         self.log = None if log is None else Path(log)
+        self.resume = resume
         self.order: Order = {}
         self._result: Result | None = None
         try:
@@ -202,14 +212,17 @@ class WidthPruner(Pruner):
             save_pruned(directory, small, self.space.groups, result.widths, self.order, result, source)
         return small
 
-    def _record(self, widths: Widths, score: float) -> None:
-        """Counts an evaluated network and logs it."""
-        self.evaluations += 1
-        if self.log is not None:
-            costs = {kind: cost(widths) for kind, cost in self.costs.items()}
-            line = json.dumps({"score": score, **costs, "widths": dict(widths)})
-            with self.log.open("a") as file:
-                file.write(line + "\n")
+    @property
+    def costs(self) -> dict[str, Cost]:
+        """What the budget may bound, by kind; latency only where it does."""
+        latency: dict[str, Cost] = {} if self.latency is None else {"latency_ms": self.latency}
+        return {"flops": self.flops, "params": self.params, **latency}
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def _choose(self, model: nn.Module) -> Widths:
         """The method: widths inside the budget for the plain (unwrapped) model."""
@@ -228,29 +241,54 @@ class WidthPruner(Pruner):
             self._compress()
 
     def _compress(self) -> None:
-        started = time.perf_counter()
-        flops, params = self.costs["flops"], self.costs["params"]
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         with self._plain_model() as model:
             self.order = channel_order(model, self.space.groups, self.importance)
-            self.evaluations = 0
-            if self.log is not None:
-                self.log.unlink(missing_ok=True)
             widths = self._choose(model)
             device = next(model.parameters()).device
+        if self.latency is not None:
+            with self._stage("measure"):
+                widths = self._measured_inside(widths)
         self._result = Result(
             method=self.method,
             seed=self.seed,
             budget=str(self.budget),
             widths=widths,
-            flops=flops(widths),
-            full_flops=flops.full,
-            params=params(widths),
-            full_params=params.full,
-            evaluations=self.evaluations,
-            seconds={"search": time.perf_counter() - started},
+            flops=self.flops(widths),
+            full_flops=self.flops.full,
+            params=self.params(widths),
+            full_params=self.params.full,
+            evaluations=self.counts.get("evaluations", 0),
+            counts=self.counts,
+            seconds=self.seconds,
             device=describe_device(device),
         )
+        if self.latency is not None:
+            self._result.latency_ms = self.latency.measure(widths)
+            self._result.full_latency_ms = self.latency.full
+            self._result.latency_error = self.latency.error
         self.update_masks(self._masks(widths))
+
+    @property
+    def most_latency(self) -> float:
+        """The budget's milliseconds."""
+        return next(most for limit, _, most in self.bounds.limits if limit.kind == "latency_ms")
+
+    def _measured_inside(self, widths: Widths) -> Widths:
+        """The network, or one of its shape so much smaller that its measured latency keeps the budget."""
+        assert self.latency is not None
+        bounds = self.bounds
+        for _ in range(_LATENCY_TRIES):
+            measured = self.latency.measure(widths)
+            if measured <= self.most_latency:
+                return widths
+            bounds = _tightened(bounds, self.most_latency / measured)
+            widths = project(widths, self.space, bounds)
+        raise BudgetError(
+            f"no network of this shape keeps {self.budget} when it is measured: latencies differ from their "
+            f"model by {self.latency.error:.0%} on average; measure on a quieter machine or raise the budget"
+        )
 
     @contextmanager
     def _plain_model(self) -> Iterator[nn.Module]:
@@ -298,8 +336,7 @@ class WidthPruner(Pruner):
             g.name: max(round((1 - min(r, default=0.0)) * g.size / g.step), 1) * g.step
             for g, r in zip(free, ratios, strict=True)
         }
-        flops = self.costs["flops"]
-        share = math.nextafter(flops(widths) / flops.full, math.inf)  # the network itself must fit
+        share = math.nextafter(self.flops(widths) / self.flops.full, math.inf)  # the network itself must fit
         return Budget((Limit("flops", share, relative=True),))
 
 
@@ -318,57 +355,14 @@ class UniformPruner(WidthPruner):
         return project(self.space.largest(), self.space, self.bounds)
 
 
-class RandomPruner(WidthPruner):
-    """The best of some random networks inside the budget, by the evaluator's score.
-
-    Each candidate is cut out of the model, its BatchNorm statistics are estimated anew on the evaluator's
-    training data, and the evaluator's metric decides. A cheap search, and the one that others have to beat
-    at equal numbers of evaluations.
-
-    Args:
-        candidates: How many networks to draw; equal ones are scored once.
-        calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
-        kwargs: See `WidthPruner`.
-    """
-
-    method = "random"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config_list: list[dict],
-        evaluator: Evaluator,
-        existed_wrappers: dict | None = None,
-        *,
-        candidates: int = 16,
-        calibration_steps: int = 20,
-        **kwargs: Any,
-    ) -> None:
-        if candidates < 1:
-            raise ConfigError(f"candidates must be at least 1, not {candidates}")
-        if calibration_steps < 0:
-            raise ConfigError(f"calibration_steps must not be negative, not {calibration_steps}")
-        super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
-        self.candidates = candidates
-        self.calibration_steps = calibration_steps
-
-    def _choose(self, model: nn.Module) -> Widths:
-        if self.evaluator is None:
-            raise ConfigError("RandomPruner needs an evaluator to score its candidates")
-        generator = torch.Generator().manual_seed(self.seed)
-        drawn = [
-            project(self.space.sample(generator), self.space, self.bounds) for _ in range(self.candidates)
-        ]
-        scores: dict[Widths, float] = {}
-        for widths in tqdm(
-            dict.fromkeys(drawn), desc="random", unit="network", disable=True if self.quiet else None
-        ):
-            small = shrink(model, self.space.groups, widths, self.order)
-            if self.calibration_steps:
-                recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
-            scores[widths] = score(self.evaluator, small)
-            self._record(widths, scores[widths])
-        return max(scores, key=scores.__getitem__)
+def _tightened(bounds: Bounds, factor: float) -> Bounds:
+    """The bounds with `factor` of the latency, and a little less."""
+    return Bounds(
+        tuple(
+            (limit, cost, most * factor * 0.99 if limit.kind == "latency_ms" else most)
+            for limit, cost, most in bounds.limits
+        )
+    )
 
 
 def _wrappers(model: nn.Module) -> list[Any]:

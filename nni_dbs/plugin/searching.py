@@ -1,0 +1,315 @@
+"""NNI pruners that evaluate networks before they choose one."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from nni.compression.utils.evaluator import Evaluator
+from torch import nn
+from tqdm import tqdm
+
+from nni_dbs.algorithms.dbs import RULES, DBSSearch
+from nni_dbs.errors import ConfigError, ResultError
+from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score, train_supernet
+from nni_dbs.plugin.pruner import WidthPruner
+from nni_dbs.predict import TransformerPredictor
+from nni_dbs.result import load_search
+from nni_dbs.search import RandomSearch, Searcher
+from nni_dbs.space import Widths
+from nni_dbs.supernet import Supernet
+from torch_pruning_adapters import shrink
+from torch_pruning_adapters.errors import nearest
+
+_MEASURED = 10  # of the best networks, at most
+
+
+class SearchPruner(WidthPruner):
+    """What the pruners with a `Searcher` share: rounds of asking, evaluating and telling.
+
+    Each network is cut out of the model, its BatchNorm statistics are estimated anew on the evaluator's
+    training data, and the evaluator's metric is its score. Where latency is bounded, the best networks are
+    measured, and the first that keeps the budget is chosen.
+
+    Args:
+        evaluations: Networks to evaluate altogether; fewer if the budget has no more to offer.
+        per_round: How many of them the searcher is asked for at a time.
+        calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
+        kwargs: See `WidthPruner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        evaluations: int,
+        per_round: int,
+        calibration_steps: int,
+        **kwargs: Any,
+    ) -> None:
+        for name, value in (("evaluations", evaluations), ("per_round", per_round)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if calibration_steps < 0:
+            raise ConfigError(f"calibration_steps must not be negative, not {calibration_steps}")
+        super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
+        self.evaluations = evaluations
+        self.per_round = per_round
+        self.calibration_steps = calibration_steps
+
+    @abstractmethod
+    def _searcher(self) -> Searcher:
+        """Made anew for each `compress`."""
+
+    def _choose(self, model: nn.Module) -> Widths:
+        with self._stage("points"):
+            searcher = self._searcher()
+        return self._search(model, searcher)
+
+    def _search(self, model: nn.Module, searcher: Searcher) -> Widths:
+        """Rounds until enough networks are evaluated, and the searcher's choice."""
+        if self.evaluator is None:
+            raise ConfigError(f"{type(self).__name__} needs an evaluator to score networks")
+        known = self._logged()
+        with tqdm(
+            total=self.evaluations, desc=self.method, unit="network", disable=True if self.quiet else None
+        ) as bar:
+            while len(searcher.told) < self.evaluations:
+                with self._stage("search"):
+                    asked = searcher.ask(min(self.per_round, self.evaluations - len(searcher.told)))
+                if not asked:
+                    break
+                for widths in asked:
+                    with self._stage("evaluate"):
+                        if widths not in known:
+                            known[widths] = self._evaluate(model, widths, searcher)
+                    searcher.tell(widths, known[widths])
+                    bar.update()
+                bar.set_postfix(best=f"{max(searcher.told.values()):.2f}")
+        self.counts["evaluations"] = len(searcher.told)
+        with self._stage("search"):
+            return self._best(searcher)
+
+    def _best(self, searcher: Searcher) -> Widths:
+        """The searcher's choice; where latency is bounded, the first that keeps it when it is measured."""
+        ranked = searcher.ranked()
+        if self.latency is not None:
+            for widths in ranked[:_MEASURED]:
+                if self.latency.measure(widths) <= self.most_latency:
+                    return widths
+        return ranked[0]
+
+    def _evaluate(self, model: nn.Module, widths: Widths, searcher: Searcher) -> float:
+        assert self.evaluator is not None
+        small = shrink(model, self.space.groups, widths, self.order)
+        if self.calibration_steps:
+            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
+        found = score(self.evaluator, small)
+        self._record(widths, found, searcher)
+        return found
+
+    def _record(self, widths: Widths, score: float, searcher: Searcher) -> None:
+        """Appends an evaluated network to the log."""
+        if self.log is None:
+            return
+        costs = {kind: cost(widths) for kind, cost in self.costs.items()}
+        line = {
+            "stage": searcher.stage(widths),
+            "score": score,
+            **costs,
+            "used": self.bounds.used(widths),
+            "widths": dict(widths),
+        }
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
+
+    def _logged(self) -> dict[Widths, float]:
+        """Scores of the log of an interrupted run; otherwise the log begins anew."""
+        if self.log is None:
+            return {}
+        if not self.resume:
+            self.log.unlink(missing_ok=True)
+            return {}
+        return {Widths(line["widths"]): line["score"] for line in load_search(self.log)}
+
+
+class RandomPruner(SearchPruner):
+    """The best of some random networks inside the budget, by the evaluator's score.
+
+    A cheap search, and the one that others have to beat at equal numbers of evaluations.
+
+    Args:
+        candidates: How many networks to draw.
+        calibration_steps: See `SearchPruner`.
+        kwargs: See `WidthPruner`.
+    """
+
+    method = "random"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        candidates: int = 16,
+        calibration_steps: int = 20,
+        **kwargs: Any,
+    ) -> None:
+        if candidates < 1:
+            raise ConfigError(f"candidates must be at least 1, not {candidates}")
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            evaluations=candidates,
+            per_round=candidates,
+            calibration_steps=calibration_steps,
+            **kwargs,
+        )
+
+    def _searcher(self) -> Searcher:
+        return RandomSearch(self.space, self.bounds, self.seed)
+
+
+class DBSPruner(SearchPruner):
+    """DBS: differentiable budget-aware search of the widths, in a supernet of the user's own model.
+
+    The method of choice: `compress(max_steps, max_epochs)` draws starting points near the budget, trains the
+    model as a supernet of them for that long through the evaluator (by the strict path-wise fair sandwich
+    rule), evaluates them, and goes on in rounds: a Transformer predictor is fitted to all evaluations and
+    frozen, widths are optimised by gradient through it under the budget, and the most promising networks are
+    evaluated in turn. What is kept is chosen by the predictor fitted to all measurements.
+
+    `compress(max_steps=0)` trains nothing: for a model that was trained as a supernet before, or for few
+    evaluations of a pretrained one. The model keeps the supernet's weights: train what `export` gives,
+    or train it inside of the full one (`Slimmable`).
+
+    Sources and reconstructions: `nni_dbs.algorithms.dbs`.
+
+    Args:
+        points: Starting points; about a thousand at ImageNet's scale.
+        evaluations: Networks to evaluate altogether, the starting points included.
+        per_round: Networks of a round after them.
+        rule: Training rule of the supernet: spfs, spfs_options, path_fair, sandwich or uniform.
+        per_step: Paths of a step of the fair rules.
+        latent: Search on latent features with a decoder, in place of relaxed widths.
+        dim: Of the predictor's tokens.
+        calibration_steps: See `SearchPruner`.
+        kwargs: See `WidthPruner`.
+    """
+
+    method = "dbs"
+    trains_supernet = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        points: int = 64,
+        evaluations: int = 96,
+        per_round: int = 8,
+        rule: str = "spfs",
+        per_step: int = 2,
+        latent: bool = False,
+        dim: int = 32,
+        calibration_steps: int = 20,
+        **kwargs: Any,
+    ) -> None:
+        if points < 1 or evaluations < points:
+            raise ConfigError(
+                f"evaluations ({evaluations}) count the starting points ({points}), which are at least 1"
+            )
+        if rule not in RULES:
+            raise ConfigError(f"rule: no training rule {rule!r}{nearest(rule, RULES)}")
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            evaluations=evaluations,
+            per_round=per_round,
+            calibration_steps=calibration_steps,
+            **kwargs,
+        )
+        self.points = points
+        self.rule = rule
+        self.per_step = per_step
+        self.latent = latent
+        self.dim = dim
+
+    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
+        if max_steps is max_epochs is None:
+            raise ConfigError(
+                "DBS trains a supernet: give compress() max_steps or max_epochs "
+                "(max_steps=0 to search in the weights as they are)"
+            )
+        self._duration = max_steps, max_epochs
+        self._compress()
+
+    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
+        if self._result is None:
+            raise ConfigError(
+                "DBS trains a supernet of its own: call its compress() before another compressor joins it"
+            )
+
+    def _searcher(self) -> DBSSearch:
+        predictor = TransformerPredictor(
+            self.space, self.bounds if self.latent else None, dim=self.dim, seed=self.seed
+        )
+        return DBSSearch(
+            self.space, self.bounds, self.seed, points=self.points, latent=self.latent, predictor=predictor
+        )
+
+    def _choose(self, model: nn.Module) -> Widths:
+        with self._stage("points"):
+            searcher = self._searcher()
+        self.counts["starting points"] = len(searcher.points)
+        with self._stage("supernet"):
+            self._train(model, searcher.points)
+        widths = self._search(model, searcher)
+        self.counts["fits"] = len(searcher.fits)
+        self._searched = searcher
+        return widths
+
+    def _compress(self) -> None:
+        super()._compress()
+        predicted, measured, in_band = self._searched.held_out
+        self.result.fits = self._searched.fits
+        self.result.held_out = {
+            "predicted": predicted.tolist(),
+            "measured": measured.tolist(),
+            "in_band": in_band.tolist(),
+        }
+
+    def _train(self, model: nn.Module, points: list[Widths]) -> None:
+        """Trains the model as a supernet for the duration of this `compress`."""
+        max_steps, max_epochs = self._duration
+        if max_steps == 0 or max_epochs == 0:
+            return
+        if self.evaluator is None:
+            raise ConfigError("DBSPruner needs an evaluator to train and score networks")
+        supernet = Supernet(model, self.space.groups, self.order)
+        generator = torch.Generator().manual_seed(self.seed)
+        steps = RULES[self.rule](self.space, points, generator, min(self.per_step, len(points)))
+        self.evaluator.bind_model(model)
+        try:
+            with train_supernet(self.evaluator, supernet, steps) as step:
+                self.evaluator.train(max_steps, max_epochs)
+        finally:
+            self.evaluator.unbind_model()
+        self.counts["supernet steps"] = step.taken
