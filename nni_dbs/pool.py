@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from nni_dbs.cost import Bounds, PolynomialCost
@@ -18,15 +19,16 @@ from nni_dbs.projection import project_batch
 from nni_dbs.space import Widths, WidthSpace
 
 _SWEEPS = 10
-_BISECTIONS = 40
+_STEEPEST = 1e6
 _TRIES = 5
+_NEAR = 0.8  # of the budget: networks that show several options at once use at least so much
 
 
 def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tensor | None = None) -> Tensor:
     """The chances of each group's choices at which the mean cost is `target` of the budget.
 
     P_l(c) is proportional to exp(-(E_l(c) - min E_l) / T - lam * d cost / d P_l(c)). The slopes depend on the
-    other groups' chances: damped sweeps from the uniform ones. lam, which may be negative, is bisected. The
+    other groups' chances: damped sweeps from the uniform ones. lam, which may be negative, is a root. The
     prior distribution of PSE-Net (arXiv 2408.16233) in closed form; a reconstruction.
 
     Args:
@@ -60,14 +62,13 @@ def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tens
         return float(_share(chances(tilt), choices, bounds))
 
     low, high = -1.0, 1.0
-    while share(low) < target and low > -1e6:
+    while share(low) < target and low > -_STEEPEST:
         low *= 4
-    while share(high) > target and high < 1e6:
+    while share(high) > target and high < _STEEPEST:
         high *= 4
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share(middle) > target else (low, middle)
-    return chances(high)
+    if not share(high) < target < share(low):  # out of reach
+        return chances(low if share(low) <= target else high)
+    return chances(brentq(lambda tilt: share(tilt) - target, low, high, rtol=1e-4))
 
 
 def _share(p: Tensor, choices: Tensor, bounds: Bounds) -> Tensor:
@@ -89,6 +90,8 @@ def _share(p: Tensor, choices: Tensor, bounds: Bounds) -> Tensor:
 def draw(space: WidthSpace, chances: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Networks (n, G) whose groups' choices have the given chances (G, K), independently."""
     choices, _ = space.padded_choices()
+    if not len(choices):
+        return torch.empty(n, 0, dtype=torch.float64)
     return choices.gather(1, torch.multinomial(chances, n, replacement=True, generator=generator)).T
 
 
@@ -104,7 +107,7 @@ def starting_points(
 
     Args:
         space, bounds: The space and the budget.
-        n: Networks; fewer if the space has no more inside of the budget.
+        n: Networks; fewer if no more fill the budget.
         generator: Of the draws.
         represented: Share of the pool.
 
@@ -115,10 +118,11 @@ def starting_points(
     if n < 1:
         raise ConfigError(f"the number of starting points must be at least 1, not {n}")
     uniform = project_batch(space.encode(space.largest()).unsqueeze(0), space, bounds)
-    pool = _distinct(uniform, n, space, bounds, generator)
+    chances = tilted(space, bounds)
+    pool = _distinct(uniform, n, space, bounds, chances, generator)
     if len(pool) == n:
         _represent(pool, space, bounds, math.ceil(represented * n), generator)
-        pool = _distinct(pool, n, space, bounds, generator)
+        pool = _distinct(pool, n, space, bounds, chances, generator)
     return [space.decode(row) for row in pool]
 
 
@@ -148,17 +152,26 @@ def _represent(
             keep = kept[rows]
             keep[:, column] = True
             possible = bounds.fits_batch(wishes.where(keep, space.encode(space.smallest())))
-            if possible.any():
-                rows, changed = rows[possible], True
-                pool[rows] = project_batch(wishes[possible], space, bounds, keep[possible])
-                kept[rows] = keep[possible]
+            if not possible.any():
+                continue
+            new = project_batch(wishes[possible], space, bounds, keep[possible])
+            for row, network, kept_now in zip(rows[possible], new, keep[possible], strict=True):
+                alone = int(kept_now.sum()) == 1
+                if (alone or _share_of(network, bounds) >= _NEAR) and not (pool == network).all(1).any():
+                    pool[row], kept[row], changed = network, kept_now, True
         if not changed:
             break
 
 
-def _distinct(pool: Tensor, n: int, space: WidthSpace, bounds: Bounds, generator: torch.Generator) -> Tensor:
+def _share_of(network: Tensor, bounds: Bounds) -> float:
+    """Of the tightest limit that a network (G,) uses."""
+    return max(float(cost.batch(network.unsqueeze(0))) / most for _, cost, most in bounds.limits)
+
+
+def _distinct(
+    pool: Tensor, n: int, space: WidthSpace, bounds: Bounds, chances: Tensor, generator: torch.Generator
+) -> Tensor:
     """`pool` without repetitions, filled up to n networks."""
-    chances = tilted(space, bounds)
     found = dict.fromkeys(map(tuple, pool.tolist()))
     for _ in range(_TRIES):
         if len(found) >= n:

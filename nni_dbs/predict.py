@@ -233,7 +233,8 @@ def mlp(space: WidthSpace) -> ScikitPredictor:
     return ScikitPredictor(
         space,
         make_pipeline(
-            StandardScaler(), MLPRegressor((64, 64), alpha=1e-2, max_iter=1000, tol=1e-5, random_state=0)
+            StandardScaler(),
+            MLPRegressor(hidden_layer_sizes=(64, 64), alpha=1e-2, max_iter=1000, tol=1e-5, random_state=0),
         ),
     )
 
@@ -276,9 +277,9 @@ class TransformerPredictor:
         best_step: The step that the last fit stopped at; 0 where the trend is all.
     """
 
-    BATCH = 128
+    BATCH = 64
     CHECK = 10  # steps between looks at the held-out predictions
-    PATIENCE = 6  # looks without improvement
+    PATIENCE = 4  # looks without improvement
     FREE_STEPS = 600  # on random networks, before the first fit
     NOISE = 0.1  # of the features that the decoder reads, in training
 

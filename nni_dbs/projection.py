@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nni_dbs.cost import Bounds
+from nni_dbs.errors import BudgetError
 from nni_dbs.space import Widths, WidthSpace
 
 _BISECTIONS = 50
@@ -43,6 +44,8 @@ def project_batch(wishes: Tensor, space: WidthSpace, bounds: Bounds, keep: Tenso
         BudgetError: Not even the smallest network keeps the budget, or not with what is to be kept.
     """
     bounds.check_reachable(space.smallest(), space.largest())
+    if not wishes.numel():
+        return wishes.to(torch.float64)
     choices, counts = space.padded_choices()
     wishes = wishes.to(torch.float64).clamp(min=1)
     fixed = torch.zeros(wishes.shape, dtype=torch.bool) if keep is None else keep
@@ -57,10 +60,8 @@ def project_batch(wishes: Tensor, space: WidthSpace, bounds: Bounds, keep: Tenso
         return bounds.fits_batch(choices[rows, positions])
 
     low = torch.zeros(len(wishes), dtype=torch.float64)
-    if keep is not None and not fits(scaled(low)).all():
-        bounds.check_reachable(
-            space.decode(choices[rows, scaled(low)][(~fits(scaled(low))).nonzero()[0, 0]]), space.largest()
-        )
+    if not fits(scaled(low)).all():
+        raise BudgetError("the groups to keep are over the budget, even with all others at their narrowest")
     largest = choices[rows, counts - 1]
     high = (largest / wishes).amax(1) * (1 + 1e-9)
     low = torch.where(fits(scaled(high)), high, low)

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from nni_dbs.cost import Bounds
-from nni_dbs.errors import BudgetError, TrainingError
+from nni_dbs.errors import BudgetError, ConfigError, TrainingError
 from nni_dbs.pool import draw, tilted
 from nni_dbs.projection import project_batch
 from nni_dbs.space import Widths, WidthSpace
+from torch_pruning_adapters import WidthError, check_widths
 
+FULL = 0.98  # of the budget: what a network to keep uses, or no group can grow
 _TRIES = 4
+_FEW = 32
 
 
 class Searcher(ABC):
@@ -53,6 +56,7 @@ class Searcher(ABC):
         self.told: dict[Widths, float] = {}
         self._asked: dict[Widths, str] = {}
         self._rounds = 0
+        self._room: dict[Widths, bool] = {}
 
     @cached_property
     def chances(self) -> Tensor:
@@ -61,6 +65,8 @@ class Searcher(ABC):
 
     def ask(self, n: int = 1) -> list[Widths]:
         """Up to n new networks, to be evaluated; fewer, or none, where the budget has no more to offer."""
+        if n < 1:
+            return []
         found: dict[Widths, None] = {}
         for source in (self._propose, *[self._anything] * _TRIES):
             for widths in source(n - len(found)):
@@ -69,7 +75,7 @@ class Searcher(ABC):
             if len(found) == n:
                 break
         self._rounds += 1
-        self._asked |= dict.fromkeys(found, self._stage())
+        self._asked |= {widths: self._stage(widths) for widths in found}
         return list(found)
 
     def tell(self, widths: Mapping[str, int], score: float) -> None:
@@ -78,12 +84,16 @@ class Searcher(ABC):
         Raises:
             TrainingError: The score is NaN or infinite.
             BudgetError: The network is over the budget.
+            WidthError: The network is not one of the space.
         """
         if not math.isfinite(score):
             raise TrainingError(
                 f"a network scored {score}; look at the loss, and leave out what cannot be evaluated"
             )
+        check_widths(self.space.groups, widths)
         widths = self.space.decode(self.space.encode(widths))
+        if widths not in self.space:
+            raise WidthError("a network that is not of this space was told; its widths must be choices")
         if not self.bounds.fits(widths):
             raise BudgetError("a network over the budget was told; only those inside of it can be chosen")
         self.told[widths] = float(score)
@@ -93,14 +103,33 @@ class Searcher(ABC):
         return self.ranked()[0]
 
     def ranked(self) -> list[Widths]:
-        """All networks that were told, the best first: by their scores.
+        """All networks that were told, the best first; those that leave budget unused come last.
 
         Raises:
             TrainingError: Nothing was told.
         """
         if not self.told:
             raise TrainingError("no network was evaluated yet, so none can be chosen")
+        return sorted(self._by_quality(), key=self._leaves_room)
+
+    def _by_quality(self) -> list[Widths]:
+        """All networks that were told, the best first: by their scores."""
         return sorted(self.told, key=self.told.__getitem__, reverse=True)
+
+    def _leaves_room(self, widths: Widths) -> bool:
+        """Whether a network uses less than 98 % of the budget although a group could grow."""
+        if widths not in self._room:
+            steps = self._steps(widths)
+            grown = self.space.encode(widths) + torch.diag(steps)[steps > 0]  # (M, G)
+            grows = len(grown) > 0 and bool(self.bounds.fits_batch(grown).any())
+            self._room[widths] = grows and self.bounds.used(widths) < FULL
+        return self._room[widths]
+
+    def _steps(self, widths: Widths) -> Tensor:
+        """How much wider each group's next choice is, (G,); 0 for those at their widest."""
+        wider = ([w for w in self.space.choices(name) if w > widths[name]] for name in self.space.names)
+        steps = [w[0] - widths[name] if w else 0 for name, w in zip(self.space.names, wider, strict=True)]
+        return torch.tensor(steps, dtype=torch.float64)
 
     def stage(self, widths: Widths) -> str:
         """What a network was asked for as, for records and pictures."""
@@ -126,13 +155,15 @@ class Searcher(ABC):
     def _propose(self, n: int) -> Sequence[Widths]:
         """About n networks inside of the budget; `ask` leaves out those that are known."""
 
-    def _stage(self) -> str:
+    def _stage(self, widths: Widths) -> str:
         return f"round {self._rounds}"
 
     def _anything(self, n: int) -> list[Widths]:
         """Where a searcher has no new ideas: networks near the budget, at random."""
-        wishes = draw(self.space, self.chances, 2 * n, self.generator)
-        return self._projected(wishes)
+        near = draw(self.space, self.chances, max(2 * n, _FEW), self.generator)
+        choices, counts = self.space.padded_choices()
+        chosen = (torch.rand(near.shape, generator=self.generator) * counts).long()
+        return self._projected(torch.cat([near, choices.gather(1, chosen.T).T]))
 
     def _projected(self, wishes: Tensor, keep: Tensor | None = None) -> list[Widths]:
         """Wishes (N, G) as networks, without repetitions."""
@@ -162,7 +193,7 @@ class EvolutionSearch(Searcher):
         space, bounds, seed: See `Searcher`.
         initial: Networks before evolution begins.
         parents: The best so many breed.
-        mutation: Chance that a group of a mutant changes (at least one does).
+        mutation: Chance that a group of a mutant is drawn anew (at least one is).
     """
 
     def __init__(
@@ -175,16 +206,19 @@ class EvolutionSearch(Searcher):
         parents: int = 8,
         mutation: float = 0.1,
     ) -> None:
+        if initial < 0 or parents < 1 or not 0 <= mutation <= 1:
+            raise ConfigError("initial must be at least 0, parents at least 1, and mutation lie in [0, 1]")
         super().__init__(space, bounds, seed)
         self.initial = initial
         self.parents = parents
         self.mutation = mutation
 
     def _propose(self, n: int) -> Sequence[Widths]:
-        if len(self.told) < min(self.initial, 2):
+        if not self.told:
             return self._anything(n)
-        random = min(max(self.initial - len(self._asked), 0), n)
-        best = self.ranked()[: self.parents]
+        known = len(self.told.keys() | self._asked.keys())
+        random = min(max(self.initial - known, 0), n)
+        best = self._by_quality()[: self.parents]
         rows = torch.stack([self.space.encode(widths) for widths in best])
         bred = self._bred(rows, 2 * (n - random))
         return [*(self._anything(random)[:random] if random else []), *bred]
@@ -198,8 +232,9 @@ class EvolutionSearch(Searcher):
         first = parents[torch.randint(len(parents), (n,), generator=self.generator)]
         second = parents[torch.randint(len(parents), (n,), generator=self.generator)]
         changed = torch.rand(first.shape, generator=self.generator) < self.mutation
-        one = torch.multinomial(free.float(), n, replacement=True, generator=self.generator)
-        changed[torch.arange(n), one] = True
+        if free.any():
+            one = torch.multinomial(free.float(), n, replacement=True, generator=self.generator)
+            changed[torch.arange(n), one] = True
         chosen = (torch.rand(first.shape, generator=self.generator) * counts).long()
         mutants = first.where(~changed, choices.gather(1, chosen.T).T)
         crossed = first.where(torch.rand(first.shape, generator=self.generator) < 0.5, second)
@@ -218,12 +253,13 @@ class GreedySearch(Searcher):
         uniform = self._projected(self.space.encode(self.space.largest()).unsqueeze(0))
         if not self.told:
             return [*uniform, *self._neighbours(uniform[0])]
-        proposals: list[Widths] = []
-        for widths in self.ranked():
-            proposals += [w for w in self._neighbours(widths) if w not in self._asked and w not in self.told]
+        proposals: dict[Widths, None] = {}
+        for widths in self._by_quality():
+            new = (w for w in self._neighbours(widths) if w not in self._asked and w not in self.told)
+            proposals |= dict.fromkeys(new)
             if len(proposals) >= n:
                 break
-        return proposals
+        return list(proposals)
 
     def _neighbours(self, widths: Widths) -> list[Widths]:
         wishes, keep = neighbours(self.space.encode(widths), self.space)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_pruning_adapters import ChannelGroup, WidthError, find_channel_groups
+from torch_pruning_adapters import ChannelGroup, WidthError, check_widths, find_channel_groups
 from torch_pruning_adapters.graph import Inputs
 
 ROUNDING = 1e-9  # slack for ratios: 0.57 * 100 is below 57
@@ -115,6 +115,22 @@ class WidthSpace:
             space._choices[g.name] = tuple(kept)
         return space
 
+    def among(self, choices: Mapping[str, Iterable[int]]) -> WidthSpace:
+        """The same groups with given choices; groups that are not named keep theirs.
+
+        Raises:
+            WidthError: Not a group, no choice, or a width that the group cannot take.
+        """
+        space = WidthSpace(self.groups)
+        space._choices = dict(self._choices)
+        for name, widths in choices.items():
+            for width in (listed := tuple(sorted(set(widths)))):
+                check_widths(self.groups, {name: width})
+            if not listed:
+                raise WidthError(f"group {name!r} needs at least one choice")
+            space._choices[name] = listed
+        return space
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(g.name for g in self.groups)
@@ -124,7 +140,7 @@ class WidthSpace:
         return self._choices[name]
 
     def options(self, name: str, limit: int = 10) -> tuple[int, ...]:
-        """A group's choices, or `limit` of them where there are more: both ends and others evenly between."""
+        """A group's choices, or `limit` (from 2) of them: both ends and others evenly between."""
         choices = self._choices[name]
         if len(choices) <= limit:
             return choices
@@ -132,7 +148,7 @@ class WidthSpace:
 
     def padded_choices(self) -> tuple[Tensor, Tensor]:
         """All choices (G, K) float64, ascending and padded by infinity; how many each group has, (G,)."""
-        counts = torch.tensor([len(c) for c in self._choices.values()])
+        counts = torch.tensor([len(c) for c in self._choices.values()], dtype=torch.long)
         padded = torch.full((len(counts), max(map(len, self._choices.values()), default=1)), torch.inf)
         padded = padded.to(torch.float64)
         for row, choices in zip(padded, self._choices.values(), strict=True):

@@ -561,17 +561,25 @@ def test_fits_and_predicts(make: Maker) -> None:
     assert abs(float(prediction.mean.mean() - y[:64].mean())) < float(y[:64].std())
 
 
+def hurried(make: Maker, space: WidthSpace) -> Predictor:
+    """With fewer iterations, where it does not matter how good the fit is."""
+    predictor: Any = make(space)
+    if make is boosting:
+        predictor.regressor.set_params(n_estimators=20)
+    if make is mlp:
+        predictor.regressor.set_params(mlpregressor__max_iter=20)
+    return predictor
+
+
 @every_predictor
-def test_repeats_itself_and_comes_back_from_its_state(make: Maker) -> None:
-    space, pool, y = data(24)
-    one, two, restored = make(space), make(space), make(space)
-    two.load_state_dict(one.state_dict())  # of a predictor that is not fitted
-    assert torch.equal(one.fit(pool, y), two.fit(pool, y))
+def test_comes_back_from_its_state(make: Maker) -> None:
+    space, pool, y = data(8)
+    one, restored = hurried(make, space), hurried(make, space)
+    restored.load_state_dict(one.state_dict())  # of a predictor that is not fitted
+    one.fit(pool, y)
     restored.load_state_dict(one.state_dict())
-    expected = one.predict(pool)
-    for other in (two, restored):
-        assert torch.equal(other.predict(pool).mean, expected.mean)
-        assert torch.equal(other.predict(pool).std, expected.std)
+    for values, expected in zip(restored.predict(pool), one.predict(pool), strict=True):
+        assert torch.equal(values, expected)
 
 
 @every_predictor
@@ -581,9 +589,10 @@ def test_held_out_predictions_of_shuffled_scores_know_nothing(make: Maker) -> No
     assert abs(tau_or_zero(make(space).fit(pool, shuffled), shuffled)) < 0.2
 
 
-@every_predictor
-def test_scores_in_other_units_give_predictions_in_these(make: Maker) -> None:
+@pytest.mark.parametrize("name", ["ridge", "transformer", "transformer_without_trend"])
+def test_scores_in_other_units_give_predictions_in_these(name: str) -> None:
     """By powers of two, so that rounding does not tell the two apart."""
+    make = PREDICTORS[name]
     space, pool, y = data(24)
     plain, scaled = make(space), make(space)
     held_out = plain.fit(pool, y)
@@ -596,7 +605,7 @@ def test_scores_in_other_units_give_predictions_in_these(make: Maker) -> None:
 @every_predictor
 def test_equal_scores_predict_that_score(make: Maker) -> None:
     space, pool, _ = data(12)
-    predictor = make(space)
+    predictor = hurried(make, space)
     held_out = predictor.fit(pool, torch.full((12,), 0.7))
     for values in (held_out, predictor.predict(pool).mean):
         torch.testing.assert_close(values, torch.full((12,), 0.7).double(), rtol=0, atol=1e-6)
@@ -702,14 +711,16 @@ def test_where_the_trend_leaves_noise_the_transformer_adds_nothing() -> None:
 
 
 def test_what_the_trend_cannot_express_opens_the_gate() -> None:
+    """A value for each option of each group, at random."""
     space, _, _ = chain(3, 40, 4)
     pool = uniform(space, 120).unique(dim=0)
-    y = torch.where(pool[:, 0] > 20, 1.0, -1.0) * torch.where(pool[:, 1] > 20, 1.0, -1.0)
-    predictor = small(space, steps=120, lr=5e-3)
+    values = torch.randn(3, 10, dtype=torch.float64)
+    y = (Options(space).encode(pool) * values).sum((1, 2))
+    predictor = small(space, steps=150, lr=1e-2)
     held_out = predictor.fit(pool, y)
     assert not closed(predictor) and predictor.best_step > 0
     alone = ridge(space).fit(pool, y)
-    assert ((held_out - y) ** 2).mean() < 0.7 * ((alone - y) ** 2).mean()
+    assert ((held_out - y) ** 2).mean() < 0.5 * ((alone - y) ** 2).mean()
 
 
 @pytest.mark.parametrize("n", [4, 5, 7])
@@ -729,10 +740,11 @@ def test_an_ensemble_of_one_is_refused() -> None:
         small(space, members=1, trend=False).fit(pool, y)
 
 
-def test_another_seed_gives_another_ensemble() -> None:
+def test_a_seed_gives_one_ensemble() -> None:
     space, pool, y = data(30)
-    one, two = small(space, trend=False), small(space, trend=False, seed=1)
-    assert not torch.equal(one.fit(pool, y), two.fit(pool, y))
+    one, two, other = (small(space, trend=False, seed=seed).fit(pool, y) for seed in (0, 0, 1))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
 
 
 def test_fitting_touches_no_global_random_state() -> None:
@@ -859,13 +871,12 @@ def test_ranks_unseen_networks_of_the_band(share: float, seed: int, trend: bool)
 def test_learns_nothing_from_shuffled_scores(seed: int, trend: bool) -> None:
     space, cost, _ = chain(10, 40, 4)
     pool = band(space, bound(0.5, cost), 1256, seed)
-    y = truth(space, pool, seed)
-    shuffled = y[torch.randperm(256, generator=torch.Generator().manual_seed(seed))]
+    y = truth(space, pool, seed)[torch.randperm(1256, generator=torch.Generator().manual_seed(seed))]
     predictor = TransformerPredictor(space, seed=seed, trend=trend)
-    held_out = predictor.fit(pool[:256], shuffled)
+    held_out = tau_or_zero(predictor.fit(pool[:256], y[:256]), y[:256])
     unseen = tau_or_zero(predictor.predict(pool[256:]).mean, y[256:])
-    print(f"seed {seed} trend {trend}: held-out {tau_or_zero(held_out, shuffled):.3f} unseen {unseen:.3f}")
-    assert abs(tau_or_zero(held_out, shuffled)) <= 0.2
+    print(f"seed {seed} trend {trend}: held-out {held_out:.3f} unseen {unseen:.3f}")
+    assert abs(held_out) <= 0.2
     assert abs(unseen) <= 0.2
 
 

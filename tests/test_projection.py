@@ -152,7 +152,7 @@ def test_impossible_budget() -> None:
     space, costs = priced("residual", 1)
     least = costs["flops"](space.smallest())
     assert project({}, space, Budget.parse(least).bound(costs)) == space.smallest()
-    with pytest.raises(BudgetError, match=r"below the smallest network .*reachable are"):
+    with pytest.raises(BudgetError, match="below the smallest network"):
         project({}, space, Budget.parse(least - 1).bound(costs))
 
 
@@ -252,7 +252,7 @@ def test_kept_groups_stay_and_the_others_fill_the_budget(
         by_hand(wish, space, bounds, kept) for wish, kept in zip(wishes.tolist(), keep.tolist(), strict=True)
     ]
     if None in expected:
-        with pytest.raises(BudgetError, match="below the smallest network"):
+        with pytest.raises(BudgetError, match="groups to keep are over the budget"):
             project_batch(wishes, space, bounds, keep)
     possible = [i for i, widths in enumerate(expected) if widths is not None]
     found = project_batch(wishes[possible], space, bounds, keep[possible])
@@ -329,5 +329,5 @@ def test_what_cannot_be_kept() -> None:
     wishes = torch.tensor([[1.0, 1.0], [6.0, 4.0]])
     keep = torch.tensor([[True, True], [True, False]])
     assert bounds.fits_batch(project_batch(wishes, space, bounds)).all()
-    with pytest.raises(BudgetError, match=r"below the smallest network .*reachable are"):
+    with pytest.raises(BudgetError, match="groups to keep are over the budget"):
         project_batch(wishes, space, bounds, keep)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.algorithms.dbs import DBSSearch
-from nni_dbs.cost import Bounds
+from nni_dbs.cost import Bounds, Limit
 from nni_dbs.errors import BudgetError, TrainingError
+from nni_dbs.pool import starting_points
 from nni_dbs.predict import TransformerPredictor
 from nni_dbs.projection import project, project_batch
 from nni_dbs.search import EvolutionSearch, GreedySearch, RandomSearch, Searcher, neighbours
@@ -54,6 +55,13 @@ def tiny() -> tuple[WidthSpace, Costs]:
 def within(problem: tuple[WidthSpace, Costs], budget: Any) -> tuple[WidthSpace, Bounds]:
     space, costs = problem
     return space, Budget.parse(budget).bound(costs)
+
+
+@functools.cache
+def points(space: WidthSpace, limits: tuple[tuple[Any, float], ...], seed: int) -> list[Widths]:
+    """Starting points, drawn once for all tests."""
+    bounds = Bounds(tuple((Limit("flops", most, False), cost, most) for cost, most in limits))
+    return starting_points(space, bounds, 12, torch.Generator().manual_seed(seed))
 
 
 def score(widths: Mapping[str, int]) -> float:
@@ -111,7 +119,7 @@ class SearcherContract:
         space, bounds = within(net(), budget)
         searcher = self.make(space, bounds)
         asked: list[Widths] = []
-        for n in (1, 5, 12, 3):
+        for n in (1, 12, 3):
             (new,) = played(searcher, 1, n)
             assert len(new) <= n
             asked += new
@@ -121,13 +129,11 @@ class SearcherContract:
         assert all(list(w) == list(space.names) for w in asked)
         assert set(searcher.told) == set(asked)
 
-    @pytest.mark.parametrize("budget", [0.2, 0.5, {"flops": 0.5, "params": 0.3}], ids=str)
+    @pytest.mark.parametrize("budget", [0.2, {"flops": 0.5, "params": 0.3}], ids=str)
     def test_as_many_as_are_asked_for(self, budget: Any) -> None:
         searcher = self.make(*within(net(), budget))
-        assert [len(searcher.ask(n)) for n in (1, 2, 9)] == [1, 2, 9]
-        for widths in list(searcher._asked):
-            searcher.tell(widths, score(widths))
-        assert [len(played(searcher, 1, n)[0]) for n in (4, 1, 20)] == [4, 1, 20]
+        assert [len(searcher.ask(n)) for n in (1, 3)] == [1, 3]
+        assert [len(played(searcher, 1, n)[0]) for n in (9, 1, 20)] == [9, 1, 20]
 
     def test_asking_for_none(self) -> None:
         searcher = self.make(*within(net(), 0.5))
@@ -140,8 +146,7 @@ class SearcherContract:
         asked = [w for _ in range(6) for w in searcher.ask(4)]
         assert len(set(asked)) == len(asked) == 24
 
-    @pytest.mark.parametrize("budget", [0.3, 0.6])
-    @pytest.mark.parametrize("n", [1, 4, 30])
+    @pytest.mark.parametrize(("budget", "n"), [(0.6, 1), (0.3, 4), (0.6, 30)])
     def test_a_tiny_space_is_exhausted_before_nothing_is_offered(self, budget: float, n: int) -> None:
         space, bounds = within(tiny(), budget)
         searcher = self.make(space, bounds)
@@ -199,7 +204,7 @@ class SearcherContract:
 
     def test_the_best_of_two_is_that_of_the_higher_score(self) -> None:
         searcher = self.make(*within(net(), 0.5))
-        first, second = searcher.ask(2)
+        first, second, *_ = (w for w in searcher.ask(12) if searcher.bounds.used(w) >= 0.98)
         searcher.tell(first, -3.0)
         assert searcher.best() == first
         searcher.tell(second, -2.0)
@@ -208,10 +213,41 @@ class SearcherContract:
     def test_a_score_that_is_told_again_replaces_the_first(self) -> None:
         searcher = self.make(*within(net(), 0.5))
         ((*networks,),) = played(searcher, 1, 12)
-        assert score(searcher.best()) == max(map(score, networks))
+        filling = [score(w) for w in networks if not searcher._leaves_room(w)]
+        assert score(searcher.best()) == max(filling)
         for widths in networks:
             searcher.tell(widths, -score(widths))
-        assert score(searcher.best()) == min(map(score, networks))
+        assert score(searcher.best()) == min(filling)
+
+    def test_a_network_that_leaves_budget_unused_comes_last(self) -> None:
+        space, bounds = within(net(), 0.5)
+        searcher = self.make(space, bounds)
+        searcher.tell(space.smallest(), 100.0)
+        for widths in searcher.ask(6):
+            searcher.tell(widths, score(widths))
+        assert searcher.best() != space.smallest()
+        assert space.smallest() in searcher.ranked()
+
+    def test_all_that_was_told_is_ranked(self) -> None:
+        searcher = self.make(*within(net(), 0.5))
+        played(searcher, 2, 7)
+        ranked = searcher.ranked()
+        assert len(ranked) == 14
+        assert set(ranked) == set(searcher.told)
+        assert ranked[0] == searcher.best()
+
+    def test_records_say_what_a_network_was_asked_for_as(self) -> None:
+        space, bounds = within(net(), 0.5)
+        searcher = self.make(space, bounds)
+        rounds = played(searcher, 3, 12)
+        stages = [{searcher.stage(w) for w in new} for new in rounds]
+        assert all(len(s) == 1 for s in stages)
+        assert len(set().union(*stages)) == 3
+        searcher.tell(space.smallest(), 0.0)
+        assert searcher.stage(space.smallest()) == "told"
+        again = self.make(space, bounds)
+        again.load_state_dict(searcher.state_dict())
+        assert [{again.stage(w) for w in new} for new in rounds] == stages
 
     def test_equal_scores_are_no_obstacle(self) -> None:
         space, bounds = within(net(), 0.5)
@@ -222,10 +258,10 @@ class SearcherContract:
 
     def test_the_seed_decides(self) -> None:
         problem = within(net(), 0.5)
-        first = played(self.make(*problem, seed=3), 4, 5)
+        first = played(self.make(*problem, seed=3), 3, 6)
         torch.manual_seed(99)
-        assert played(self.make(*problem, seed=3), 4, 5) == first
-        assert played(self.make(*problem, seed=4), 4, 5) != first
+        assert played(self.make(*problem, seed=3), 3, 6) == first
+        assert played(self.make(*problem, seed=4), 3, 6) != first
 
     def test_the_global_random_state_is_left_alone(self) -> None:
         before = torch.get_rng_state()
@@ -245,7 +281,7 @@ class SearcherContract:
         assert asked == together
         assert looking.best() == not_looking.best()
 
-    @pytest.mark.parametrize("rounds", [0, 1, 3])
+    @pytest.mark.parametrize("rounds", [0, 2])
     def test_a_search_goes_on_from_its_state(self, rounds: int) -> None:
         """The state goes through a file of plain values; two networks wait for their scores meanwhile."""
         space, bounds = within(net(), 0.5)
@@ -262,7 +298,7 @@ class SearcherContract:
         for widths in waiting:
             searcher.tell(widths, score(widths))
             other.tell(widths, score(widths))
-        assert played(other, 3, 5) == played(searcher, 3, 5)
+        assert played(other, 2, 5) == played(searcher, 2, 5)
         assert other.best() == searcher.best()
 
     def test_a_state_does_not_follow_its_searcher(self) -> None:
@@ -318,6 +354,28 @@ class SearcherContract:
         assert len(searcher.told) == 60
         ratio = {name: w / space.largest()[name] for name, w in searcher.best().items()}
         assert ratio["1"] < 0.5 * sum(ratio[name] for name in useful) / 3
+
+
+def searched(kind: Callable[..., Searcher]) -> str:
+    """What is asked in a few rounds, and the best of it."""
+    searcher = kind(*within(net(), 0.5), seed=5)
+    asked = [dict(w) for new in played(searcher, 4, 8) for w in new]
+    return f"{asked} {dict(searcher.best())}"
+
+
+FRESH = """
+import torch
+torch.set_num_threads(1)
+import test_search
+print(test_search.searched(test_search.{kind}))
+"""
+
+
+def in_a_fresh_process(kind: str) -> str:
+    """What `searched` gives there."""
+    code = f"import sys; sys.path[:] = {sys.path}\n" + FRESH.format(kind=kind)
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 class TestRandomSearch(SearcherContract):
@@ -479,48 +537,44 @@ class TestEvolutionSearch(SearcherContract):
         assert played(up, 1, 12) == played(down, 1, 12, lambda widths: -score(widths))
         assert played(up, 1, 12) != played(down, 1, 12)
 
+    def test_a_fresh_process_searches_alike(self) -> None:
+        """Hashes of texts, and with them the order of sets, differ between processes."""
+        assert in_a_fresh_process("EvolutionSearch") == searched(EvolutionSearch)
+
     def test_finds_better_networks_than_chance(self) -> None:
-        """At 48 evaluations each, on the mean of six seeds."""
+        """At 48 evaluations each, on the mean of four seeds."""
         problem = within(net(), 0.5)
         reached = {}
         for kind in (RandomSearch, EvolutionSearch):
-            searchers = [kind(*problem, seed=seed) for seed in range(6)]
+            searchers = [kind(*problem, seed=seed) for seed in range(4)]
             for searcher in searchers:
                 played(searcher, 6, 8)
             reached[kind] = sum(max(searcher.told.values()) for searcher in searchers)
         assert reached[EvolutionSearch] > reached[RandomSearch]
 
 
-FRESH = """
-import torch
-torch.set_num_threads(1)
-from test_search import TestDBSSearch, net, played, within
-searcher = TestDBSSearch().make(*within(net(), 0.5), seed=5)
-print([dict(w) for new in played(searcher, 4, 6) for w in new], dict(searcher.best()))
-"""
-
-
 class TestDBSSearch(SearcherContract):
     def make(self, space: WidthSpace, bounds: Bounds, seed: int = 0) -> Searcher:
         predictor = TransformerPredictor(space, members=3, dim=16, depth=1, steps=20, seed=seed)
-        return DBSSearch(space, bounds, seed, predictor=predictor)
+        drawn = points(space, tuple((cost, most) for _, cost, most in bounds.limits), seed)
+        return DBSSearch(space, bounds, seed, points=drawn, predictor=predictor)
 
+    @pytest.mark.slow
     def test_a_fresh_process_searches_alike(self) -> None:
-        searcher = self.make(*within(net(), 0.5), seed=5)
-        here = [dict(w) for new in played(searcher, 4, 6) for w in new]
-        fresh = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", f"import sys; sys.path[:] = {sys.path}\n{FRESH}"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert fresh.stdout.strip() == f"{here} {dict(searcher.best())}"
+        assert in_a_fresh_process("DBSSearch") == searched(DBSSearch)
 
     def test_begins_with_the_starting_points(self) -> None:
         space, bounds = within(net(), 0.5)
         searcher = DBSSearch(space, bounds, points=7)
         assert searcher.ask(5) + searcher.ask(2) == searcher.points
         assert searcher.points[0] == project(space.largest(), space, bounds)
+
+    def test_looking_at_the_best_does_not_rename_starting_points(self) -> None:
+        searcher = self.make(*within(net(), 0.5))
+        for _ in range(2):
+            for widths in played(searcher, 1, 6)[0]:
+                assert searcher.stage(widths) == "points"
+            searcher.best()
 
     def test_points_that_are_known_are_not_asked_for(self) -> None:
         space, bounds = within(net(), 0.5)
@@ -544,5 +598,5 @@ class TestDBSSearch(SearcherContract):
         lucky = ranked[4]
         for widths in networks:
             searcher.tell(widths, score(ranked[-1]) + 0.1 if widths == lucky else score(widths))
-        assert Searcher.best(searcher) == lucky
+        assert max(searcher.told, key=searcher.told.__getitem__) == lucky
         assert searcher.best() in ranked[-5:]

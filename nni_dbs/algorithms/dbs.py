@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nni_dbs.cost import Bounds
-from nni_dbs.errors import ConfigError
+from nni_dbs.errors import BudgetError, ConfigError
 from nni_dbs.pool import draw, starting_points
 from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau
 from nni_dbs.projection import project_batch
@@ -213,13 +213,11 @@ class DBSSearch(Searcher):
         optimism: float = 1.0,
     ) -> None:
         super().__init__(space, bounds, seed)
-        self.points = (
-            starting_points(space, bounds, points, self.generator)
-            if isinstance(points, int)
-            else list(points)
-        )
-        if len(self.points) < 1:
-            raise ConfigError("DBS needs starting points")
+        if isinstance(points, int):
+            points = starting_points(space, bounds, points, self.generator)
+        self.points = [space.decode(space.encode(widths)) for widths in points]
+        if not self.points or not all(map(bounds.fits, self.points)):
+            raise BudgetError("DBS needs starting points, and all of them inside of the budget")
         self.latent = latent
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
         self._has_choice = self.predictor.options.shape[0] > 0
@@ -227,11 +225,12 @@ class DBSSearch(Searcher):
         self.fresh = fresh
         self.optimism = optimism
         self.fits: list[dict[str, float]] = []
+        self._fitted: dict[Widths, float] = {}
         self.held_out = (torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool))
 
-    def ranked(self) -> list[Widths]:
+    def _by_quality(self) -> list[Widths]:
         """All networks that were told, as the predictor ranks them that is fitted to all measurements."""
-        known = super().ranked()
+        known = super()._by_quality()
         if len(known) < FEWEST or not self._has_choice:
             return known
         self.fit()
@@ -240,8 +239,9 @@ class DBSSearch(Searcher):
 
     def fit(self) -> None:
         """Fits the predictor to all that was told, unless it is."""
-        if self.fits and self.fits[-1]["evaluations"] == len(self.told):
+        if self._fitted == self.told:
             return
+        self._fitted = dict(self.told)
         widths = self._encoded(list(self.told))
         scores = torch.tensor(list(self.told.values()), dtype=torch.float64)
         held_out = self.predictor.fit(widths, scores)
@@ -261,6 +261,7 @@ class DBSSearch(Searcher):
             "points": [dict(widths) for widths in self.points],
             "predictor": self.predictor.state_dict(),
             "fits": list(self.fits),
+            "fitted": [(dict(widths), score) for widths, score in self._fitted.items()],
             "held_out": self.held_out,
         }
 
@@ -269,6 +270,7 @@ class DBSSearch(Searcher):
         self.points = [Widths(widths) for widths in state["points"]]
         self.predictor.load_state_dict(state["predictor"])
         self.fits = list(state["fits"])
+        self._fitted = {Widths(widths): score for widths, score in state["fitted"]}
         self.held_out = state["held_out"]
 
     def _propose(self, n: int) -> Sequence[Widths]:
@@ -286,8 +288,8 @@ class DBSSearch(Searcher):
         order = (predicted.mean + self.optimism * predicted.std).argsort(descending=True, stable=True)
         return [self.space.decode(row) for row in found[order]]
 
-    def _stage(self) -> str:
-        return f"round {len(self.fits)}" if self.fits else "points"
+    def _stage(self, widths: Widths) -> str:
+        return "points" if widths in self.points else f"round {len(self.fits)}"
 
     def _starts(self) -> Tensor:
         """Networks (S, G): those known that the predictor thinks best of, and random ones."""

@@ -352,7 +352,8 @@ class UniformPruner(WidthPruner):
     method = "uniform"
 
     def _choose(self, model: nn.Module) -> Widths:
-        return project(self.space.largest(), self.space, self.bounds)
+        with self._stage("search"):
+            return project(self.space.largest(), self.space, self.bounds)
 
 
 def _tightened(bounds: Bounds, factor: float) -> Bounds:
