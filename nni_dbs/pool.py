@@ -90,8 +90,8 @@ def _share(p: Tensor, choices: Tensor, bounds: Bounds) -> Tensor:
 def draw(space: WidthSpace, chances: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """Networks (n, G) whose groups' choices have the given chances (G, K), independently."""
     choices, _ = space.padded_choices()
-    if not len(choices):
-        return torch.empty(n, 0, dtype=torch.float64)
+    if not len(choices) or not n:
+        return torch.empty(n, len(choices), dtype=torch.float64)
     return choices.gather(1, torch.multinomial(chances, n, replacement=True, generator=generator)).T
 
 
@@ -101,9 +101,10 @@ def starting_points(
     """A pool of different networks that fill the budget: the uniform one first, then tilted draws.
 
     Each option of each group (`WidthSpace.options`: its choices, thinned to ten) that the budget allows is
-    the nearest one of at least `represented` of the networks, as far as there are so many different ones, so
-    that a predictor sees all of them. To train a supernet and to fit predictors to; DBS samples its starting
-    points at similar budgets (abstract and poster; how is not known, this is a reconstruction).
+    the nearest one of at least `represented` of the networks (rounded down: in pools of 50 or more), as far
+    as there are so many different ones, so that a predictor sees all of them. To train a supernet and to fit
+    predictors to; DBS samples its starting points at similar budgets (abstract and poster; how is not known,
+    this is a reconstruction).
 
     Args:
         space, bounds: The space and the budget.
@@ -121,7 +122,7 @@ def starting_points(
     chances = tilted(space, bounds)
     pool = _distinct(uniform, n, space, bounds, chances, generator)
     if len(pool) == n:
-        _represent(pool, space, bounds, math.ceil(represented * n), generator)
+        _represent(pool, space, bounds, math.floor(represented * n), generator)
         pool = _distinct(pool, n, space, bounds, chances, generator)
     return [space.decode(row) for row in pool]
 

@@ -11,6 +11,7 @@ the whole space even a count of FLOPs ranks well.
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +32,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from torch import Tensor, nn
 
 from nni_dbs.cost import Bounds
-from nni_dbs.errors import TrainingError
+from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.space import WidthSpace
 
 FOLDS = 5
@@ -61,6 +62,8 @@ class Predictor(Protocol):
 
 def kendall_tau(predicted: Tensor, measured: Tensor) -> float:
     """Kendall's tau-b of two rankings (N,): 1 for the same order, 0 for none; NaN if one is constant."""
+    if len(predicted) < 2:
+        return math.nan
     return float(kendalltau(predicted.numpy(), measured.numpy()).statistic)
 
 
@@ -100,8 +103,8 @@ class Options:
         padded = [(*c, *[c[-1]] * (most - len(c))) for c in free]
         self.widths = torch.tensor(padded, dtype=torch.float64).reshape(len(free), most)
         self.valid = torch.tensor([[k < len(c) for k in range(most)] for c in free]).reshape(len(free), most)
-        self.full = space.encode({})  # (G,)
-        self.size = self.full[self.columns].unsqueeze(1)
+        self.widest = space.encode(space.largest())  # (G,)
+        self.size = space.encode({})[self.columns].unsqueeze(1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -111,6 +114,8 @@ class Options:
     def encode(self, widths: Tensor) -> Tensor:
         """Networks (N, G) as points (N, L, K) float64."""
         groups, options = self.shape
+        if not groups:
+            return torch.zeros(len(widths), 0, 0, dtype=torch.float64)
         x = widths[:, self.columns].to(torch.float64).clamp(self.widths[:, 0], self.widths[:, -1])  # (N, L)
         below = torch.searchsorted(self.widths, x.T.contiguous(), right=True).T - 1  # (N, L)
         last = self.valid.sum(1) - 1  # (L,)
@@ -125,13 +130,13 @@ class Options:
     def relaxed(self, p: Tensor) -> Tensor:
         """Expected widths (N, G) of points (N, L, K), differentiable; groups without a choice at theirs."""
         mean = (p.to(torch.float64) * self.widths).sum(2)
-        return self.full.expand(len(p), -1).index_copy(1, self.columns, mean)
+        return self.widest.expand(len(p), -1).index_copy(1, self.columns, mean)
 
     def nearest(self, p: Tensor) -> Tensor:
         """The option of greatest weight of each group: widths (N, G)."""
         best = p.argmax(2)  # (N, L)
         rows = torch.arange(self.shape[0])
-        return self.full.expand(len(p), -1).index_copy(1, self.columns, self.widths[rows, best])
+        return self.widest.expand(len(p), -1).index_copy(1, self.columns, self.widths[rows, best])
 
     def one_hot(self, options: Tensor) -> Tensor:
         """Numbers of options (..., L) as points (..., L, K) float64."""
@@ -163,8 +168,8 @@ class ScikitPredictor:
         check_data(widths, scores)
         self._data = widths, scores
         x, y = self._features(widths), scores.to(torch.float64).numpy()
-        self._mean, self._scale = y.mean(), y.std() or 1.0
-        y = (y - self._mean) / self._scale
+        self._mean, self._scale = y.mean(), y.std()
+        y = (y - self._mean) / (self._scale or 1.0)
         folds = KFold(min(FOLDS, len(y)), shuffle=True, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
@@ -174,6 +179,8 @@ class ScikitPredictor:
         return torch.from_numpy(held_out * self._scale + self._mean)
 
     def predict(self, widths: Tensor) -> Prediction:
+        if self._fitted is None:
+            raise TrainingError("fit the predictor before it predicts")
         x = self._features(widths)
         if self.by_posterior:
             mean, std = self._fitted.predict(x, return_std=True)
@@ -265,7 +272,7 @@ class TransformerPredictor:
         space: The space of the networks.
         bounds: Budget of the budget head; None leaves that head and the decoder out.
         members: Size of the ensemble, and number of folds.
-        dim: Of a token; 16 is enough for ten groups.
+        dim: Of a token; a multiple of 16. More than 16 pays with hundreds of networks.
         depth: Layers of the encoder; it has one head for each 16 dimensions.
         steps: Most training steps of the first fit; the others go on from the last weights with a quarter.
         lr: Learning rate.
@@ -289,13 +296,17 @@ class TransformerPredictor:
         bounds: Bounds | None = None,
         *,
         members: int = FOLDS,
-        dim: int = 32,
+        dim: int = 16,
         depth: int = 2,
-        steps: int = 200,
+        steps: int = 160,
         lr: float = 2e-3,
         trend: bool = True,
         seed: int = 0,
     ) -> None:
+        if members < 2 or dim % 16 or dim < 16:
+            raise ConfigError(
+                f"members must be at least 2, not {members}, and dim a multiple of 16, not {dim}"
+            )
         self.options = Options(space)
         self.bounds = bounds
         self.members = members
@@ -329,6 +340,8 @@ class TransformerPredictor:
 
     @torch.no_grad()
     def predict(self, widths: Tensor) -> Prediction:
+        if self._known is None:
+            raise TrainingError("fit the predictor before it predicts")
         parts = [self.standardised(self.options.encode(part)) for part in widths.split(4096)]
         mean, std = (torch.cat(columns) for columns in zip(*parts, strict=True))
         return Prediction(mean * self.scale + self.mean, std * self.scale)
@@ -363,9 +376,9 @@ class TransformerPredictor:
         """Points (N, L, K), standardised scores (N,) and logarithmic ratios (N, L); fits the trend."""
         self._known = widths, scores
         scores = scores.to(torch.float64)
-        self.mean, self.scale = float(scores.mean()), float(scores.std(unbiased=False)) or 1.0
+        self.mean, self.scale = float(scores.mean()), float(scores.std(unbiased=False))
         p = self.options.encode(widths)
-        y, x = (scores - self.mean) / self.scale, self.options.log_ratio(p)
+        y, x = (scores - self.mean) / (self.scale or 1.0), self.options.log_ratio(p)
         if self.trend is not None:
             self.trend.fit(x, y)
         return p, y, x
@@ -458,6 +471,32 @@ def score_loss(scores: Tensor, y: Tensor, weight: Tensor, margin: float = 0.1, a
     pairs = ((y.unsqueeze(1) - y) > apart) * weight.unsqueeze(2) * weight.unsqueeze(1)  # (E, N, N)
     hinge = F.relu(margin - (scores.unsqueeze(2) - scores.unsqueeze(1)))
     return (hinge * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1) + 0.5 * squared
+
+
+def posterior(x: Tensor, predicted: Tensor, scores: Tensor) -> Tensor:
+    """What evaluated networks are worth, (N,): predictions joined with the measurements.
+
+    What the predictor leaves over is taken for a smooth function of the widths plus noise (a Gaussian
+    process, fitted by marginal likelihood). A measurement is believed as far as its neighbours agree: a lucky
+    one is not chosen, and where measurements are free of noise, the best one is.
+
+    Args:
+        x: (N, L) logarithms of the widths' ratios.
+        predicted: (N,) by a predictor that was fitted to these scores.
+        scores: (N,) measured.
+    """
+    left = (scores - predicted).numpy()
+    scale = left.std()
+    if scale < 1e-12:
+        return scores.clone()
+    apart = torch.cdist(x, x).fill_diagonal_(torch.inf).amin(1).median().clamp(min=1e-3)
+    least = 3 * float(apart)  # a finer function could not be told from noise
+    smooth = RBF(3 * least, (least, 100 * least))
+    kernel = ConstantKernel(0.5, (1e-4, 1e2)) * smooth + WhiteKernel(0.5, (1e-5, 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        process = GaussianProcessRegressor(kernel, random_state=0).fit(x.numpy(), left / scale)
+    return predicted + torch.from_numpy(process.predict(x.numpy())) * scale
 
 
 class Trend:

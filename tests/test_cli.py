@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +16,16 @@ from safetensors.torch import load_file
 
 from nni_dbs import load_pruned
 from nni_dbs.cli import main
+from nni_dbs.plugin import job
+from nni_dbs.plugin.searching import SearchPruner
+from nni_dbs.training import reinitialise
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {
     "model": "examples.cifar_resnet:resnet20",
     "arguments": {"widths": [4, 8, 16]},
     "data": {"name": "digits"},
+    "method": "uniform",
     "budget": 0.5,
     "divisor": 1,
     "train": {"epochs": 2, "lr": 0.05},
@@ -127,6 +133,169 @@ def test_random_search_from_the_shell(config: Path, tmp_path: Path) -> None:
     assert best["widths"] == result["widths"] and best["flops"] == result["flops"]
 
 
+# --- the search of DBS -------------------------------------------------------------------------------
+
+DBS = {
+    **CONFIG,
+    "model": "examples.cifar_resnet:CifarResNet",
+    "arguments": {"depth": 8, "widths": [4, 8, 16]},
+    "method": "dbs",
+    "options": {"points": 5, "evaluations": 7, "per_round": 1, "calibration_steps": 1, "dim": 16},
+    "supernet": {"epochs": 2, "lr": 0.02},
+    "finetune": {"epochs": 2, "lr": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of DBS, beside its configuration."""
+    folder = tmp_path_factory.mktemp("dbs")
+    (folder / "config.yaml").write_text(yaml.safe_dump(DBS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(["prune", str(folder / "config.yaml"), "--out", str(folder / "out"), "--quiet"]) == 0
+    return folder / "out"
+
+
+def _prune(searched: Path, out: Path, *overrides: str) -> int:
+    config = searched.parent / "config.yaml"
+    return main(["prune", str(config), *overrides, "--out", str(out), "--quiet", "--resume"])
+
+
+def _result(out: Path) -> dict[str, Any]:
+    return json.loads((out / "result.json").read_text())
+
+
+def _assert_same_run(out: Path, other: Path) -> None:
+    mine, theirs = _result(out), _result(other)
+    for key in mine.keys() - {"seconds"}:
+        assert mine[key] == theirs[key], key
+    weights, expected = load_file(out / "weights.safetensors"), load_file(other / "weights.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert (out / "search.jsonl").read_bytes() == (other / "search.jsonl").read_bytes()
+
+
+def _before_the_final_training(searched: Path, out: Path) -> Path:
+    """A copy of the run as it was when its search was done."""
+    shutil.copytree(searched, out)
+    for name in ("result.json", "report.md", "weights.safetensors", "checkpoint/finetune.safetensors"):
+        (out / name).unlink()
+    return out
+
+
+def test_dbs_from_the_shell(searched: Path) -> None:
+    pictures = ("widths", "flops", "search", "front", "predictions")
+    report = (searched / "report.md").read_text()
+    for name in pictures:
+        assert (searched / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{name}]({name}.png)" in report
+    assert "starting points: 5, " in report and "held-out Kendall tau: " in report
+    result = _result(searched)
+    assert result["method"] == "dbs" and result["evaluations"] == 7
+    assert [fit["evaluations"] for fit in result["fits"]] == [5, 6, 7]
+    assert result["flops"] <= result["full_flops"] / 2
+    assert set(result["metrics"]) == {"full", "pruned", "fine-tuned", "reloaded"}
+    assert result["metrics"]["reloaded"] == result["metrics"]["fine-tuned"]
+    lines = [json.loads(line) for line in (searched / "search.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines] == ["points"] * 5 + ["round 1", "round 2"]
+    assert result["widths"] in [line["widths"] for line in lines]
+
+
+def test_plot_draws_the_search_again(searched: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(searched, out)
+    names = {path.name for path in out.glob("*.png")}
+    for path in out.glob("*.png"):
+        path.unlink()
+    assert main(["plot", str(out)]) == 0
+    assert {path.name for path in out.glob("*.png")} == names
+
+
+def test_a_search_killed_in_every_stage_resumes_to_the_same_run(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for kill in (
+        lambda patch: _kill_after(patch, "train", 20),
+        lambda patch: _kill_after(patch, "supernet", 20),
+        lambda patch: _kill_after_networks(patch, 3),
+        lambda patch: _kill_after_networks(patch, 3),
+        lambda patch: _kill_after(patch, "finetune", 20),
+        lambda patch: patch.setattr(job, "save_pruned", _killed),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch)
+            with pytest.raises(KeyboardInterrupt):
+                _prune(searched, out)
+        assert not (out / "result.json").exists()
+        started = (out / "checkpoint" / "supernet.safetensors").exists()
+        capsys.readouterr()
+        if started:
+            assert _prune(searched, out, "options.points=6") == 2
+            assert "another configuration" in capsys.readouterr().err
+    assert len((out / "search.jsonl").read_text().splitlines()) == 7
+    assert _prune(searched, out) == 0
+    _assert_same_run(out, searched)
+    assert _prune(searched, out, "final=scratch") == 2
+
+
+def _killed(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _kill_after_networks(patch: pytest.MonkeyPatch, count: int) -> None:
+    record, left = SearchPruner._record, count
+
+    def killed(self: SearchPruner, *args: Any) -> None:
+        nonlocal left
+        record(self, *args)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    patch.setattr(SearchPruner, "_record", killed)
+
+
+@pytest.mark.parametrize(("final", "stage"), [("scratch", "from scratch"), ("distill", "distilled")])
+def test_final_trainings_of_the_same_search(final: str, stage: str, searched: Path, tmp_path: Path) -> None:
+    out = _before_the_final_training(searched, tmp_path / "out")
+    assert _prune(searched, out, f"final={final}") == 0
+    result, other = _result(out), _result(searched)
+    assert result["widths"] == other["widths"] and result["fits"] == other["fits"]
+    assert set(result["metrics"]) == {"full", "pruned", stage, "reloaded"}
+    assert result["metrics"]["pruned"] == other["metrics"]["pruned"]
+    assert result["metrics"]["reloaded"] == result["metrics"][stage]
+    assert f"| {stage} |" in (out / "report.md").read_text()
+    trained = [load_pruned(directory).state_dict()["fc.weight"] for directory in (out, searched)]
+    assert not torch.equal(*trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("final", ["scratch", "distill"])
+def test_a_final_training_killed_in_its_second_epoch_resumes(
+    final: str, searched: Path, tmp_path: Path
+) -> None:
+    whole, killed = (_before_the_final_training(searched, tmp_path / name) for name in ("whole", "killed"))
+    assert _prune(searched, whole, f"final={final}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "finetune", 20)
+        with pytest.raises(KeyboardInterrupt):
+            _prune(searched, killed, f"final={final}")
+    assert (killed / "checkpoint" / "finetune.safetensors").exists()
+    assert _prune(searched, killed, f"final={final}") == 0
+    _assert_same_run(killed, whole)
+
+
+def test_from_scratch_begins_at_new_weights(searched: Path, tmp_path: Path) -> None:
+    untrained = _before_the_final_training(searched, tmp_path / "out")
+    assert _prune(searched, untrained, "final=scratch", "finetune.epochs=0") == 0
+    drawn = load_pruned(searched)
+    reinitialise(drawn, seed=0)
+    weights = load_file(untrained / "weights.safetensors")
+    assert all(torch.equal(weights[name], parameter) for name, parameter in drawn.named_parameters())
+
+
 def test_groups_and_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["groups", "resnet18", "--input", "3x64x64", "--json"]) == 0
     groups = json.loads(capsys.readouterr().out)
@@ -146,7 +315,7 @@ def test_groups_and_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
 def test_methods_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
-    assert "uniform" in text and "random" in text
+    assert all(name in text for name in ("dbs", "uniform", "random"))
 
 
 def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

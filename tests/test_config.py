@@ -26,7 +26,11 @@ def test_the_example_is_read_and_survives_its_own_yaml(tmp_path: Path) -> None:
         ("budget={flops: 0.5, params: 1M}", lambda c: c.budget == {"flops": 0.5, "params": "1M"}),
         ("train.lr=1e-4", lambda c: c.train.lr == 1e-4),
         ("train.lr=1", lambda c: c.train.lr == 1.0 and isinstance(c.train.lr, float)),
-        ("options.candidates=3", lambda c: c.options == {"candidates": 3}),
+        ("options={candidates: 3}", lambda c: c.options == {"candidates": 3}),
+        ("options.points=3", lambda c: c.options["points"] == 3 and len(c.options) == 3),
+        ("final=distill", lambda c: c.final == "distill"),
+        ("supernet.epochs=0", lambda c: c.supernet.epochs == 0),
+        ("budget={latency_ms: 3}", lambda c: c.budget == {"latency_ms": 3}),
         ("seed=7", lambda c: c.seed == 7),
     ],
 )
@@ -46,6 +50,10 @@ def test_overrides(override: str, read: object) -> None:
         ("train.lr=0", "must be positive"),
         ("data.max_shit=1", "did you mean 'max_shift'?"),
         ("config_list={}", "config_list: expected list"),
+        ("final=scrach", "did you mean 'scratch'?"),
+        ("final=3", "final: expected str"),
+        ("supernet.lr=0", "supernet: epochs, batch_size and lr must be positive"),
+        ("supernet.epoch=1", "unknown key 'supernet.epoch' (did you mean 'epochs'?)"),
         ("budget={latency: 3}", "bounds flops or params"),
     ],
 )

@@ -166,7 +166,7 @@ def test_thinned_options_keep_both_ends() -> None:
 )
 def test_any_width_is_a_pair_of_neighbours_whose_logarithm_is_exact(widths: list[float], name: str) -> None:
     options = options_of(name)
-    x = torch.tensor([widths[: len(options.full)]], dtype=torch.float64)
+    x = torch.tensor([widths[: len(options.widest)]], dtype=torch.float64)
     x[:, options.columns] = x[:, options.columns].maximum(options.widths[:, 0])
     p = options.encode(x)
     torch.testing.assert_close(p.sum(2), torch.ones_like(p.sum(2)), rtol=0, atol=1e-14)
@@ -772,15 +772,17 @@ def test_a_second_fit_goes_on_from_the_weights_of_the_first() -> None:
 
 
 def test_a_restored_predictor_goes_on_identically() -> None:
-    space, pool, y = data(80)
-    predictor = small(space, lr=1e-2)
+    """With more networks than a batch holds, so that it also draws the same batches."""
+    space, pool, y = data(200)
+    predictor = small(space, trend=False, lr=1e-4)
     predictor.fit(pool[:40], y[:40])
     before = predictor.predict(pool)
     buffer = io.BytesIO()
     torch.save(predictor.state_dict(), buffer)
+    predictor.lr = 1e-2
     held_out = predictor.fit(pool, y)
     after = predictor.predict(pool)
-    restored = small(space, lr=1e-2, seed=5)
+    restored = small(space, trend=False, lr=1e-2, seed=5)
     buffer.seek(0)
     restored.load_state_dict(torch.load(buffer, weights_only=True))
     for values, expected in zip(restored.predict(pool), before, strict=True):
@@ -788,6 +790,7 @@ def test_a_restored_predictor_goes_on_identically() -> None:
     assert torch.equal(restored.fit(pool, y), held_out)
     for values, expected in zip(restored.predict(pool), after, strict=True):
         assert torch.equal(values, expected)
+    assert predictor.BATCH < 200 and predictor.best_step > 0
     assert restored.fits == 2 and restored.best_step == predictor.best_step
 
 

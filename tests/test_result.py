@@ -20,6 +20,7 @@ from nni_dbs.result import (
     load_groups,
     load_pruned,
     load_result,
+    load_search,
     load_source,
     load_widths,
     save_pruned,
@@ -317,3 +318,39 @@ def test_widths_file_is_plain_yaml(tmp_path: Path) -> None:
         "arguments": {"num_classes": 3},
         "widths": {"0": 5, "3": 7},
     }
+
+
+# --- the log of a search -----------------------------------------------------------------------------
+
+LINES = [{"stage": "points", "score": 90.1 + i, "flops": 10 * i, "widths": {"0": i + 1}} for i in range(3)]
+TEXT = "".join(json.dumps(line) + "\n" for line in LINES)
+
+
+def test_search_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "search.jsonl"
+    assert load_search(path) == []
+    path.write_text("")
+    assert load_search(path) == []
+    path.write_text(TEXT)
+    assert load_search(path) == LINES
+    assert path.read_text() == TEXT
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20, len(json.dumps(LINES[2]))])
+def test_a_last_line_cut_short_is_removed(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "search.jsonl"
+    path.write_text(TEXT[:-cut])
+    assert load_search(path) == LINES[:2]
+    assert path.read_text() == "".join(json.dumps(line) + "\n" for line in LINES[:2])
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{", "[]", "3", '{"score": 1}', '{"widths": {"0": 1}}', '{"score": "x", "widths": {"0": 1}}'],
+)
+def test_other_damaged_lines_are_told_and_left(tmp_path: Path, damaged: str) -> None:
+    path = tmp_path / "search.jsonl"
+    path.write_text(f"{damaged}\n{TEXT}")
+    with pytest.raises(ResultError, match=r"search.jsonl is damaged .*; delete it to evaluate again"):
+        load_search(path)
+    assert path.read_text() == f"{damaged}\n{TEXT}"

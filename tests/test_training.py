@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from nni_dbs.config import Recipe
-from nni_dbs.errors import ResultError, TrainingError
+from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.sampling import Step, draw_paths, spfs
 from nni_dbs.space import WidthSpace
 from nni_dbs.steps import SupernetStep
 from nni_dbs.supernet import Supernet
 from nni_dbs.training import (
     accuracy,
+    distilling_step,
     load_checkpoint,
     parameter_groups,
+    reinitialise,
     save_checkpoint,
     sgd,
     training_loop,
@@ -133,6 +136,63 @@ def test_auxiliary_heads_count_three_tenths() -> None:
     alone = training_step(0.0)(batch, lambda images: logits)  # type: ignore[arg-type]
     both = training_step(0.0)(batch, lambda images: (logits, logits))  # type: ignore[arg-type]
     torch.testing.assert_close(both, 1.3 * alone)
+
+
+def test_the_distilling_loss_by_hand() -> None:
+    full = torch.tensor([[0.3, -1.0, 2.0], [0.5, 0.1, -0.4]], dtype=torch.float64, requires_grad=True)
+    small = torch.tensor([[1.0, 0.2, -0.7], [0.0, 0.9, 0.3]], dtype=torch.float64, requires_grad=True)
+    batch = (torch.zeros(2), torch.tensor([2, 0]))
+    found = distilling_step(0.0)(batch, lambda images: (full, small))  # type: ignore[arg-type]
+    p, q = full.softmax(1).tolist(), small.softmax(1).tolist()
+    hard = -(math.log(p[0][2]) + math.log(p[1][0])) / 2
+    soft = sum(a * math.log(a / b) for ps, qs in zip(p, q, strict=True) for a, b in zip(ps, qs, strict=True))
+    assert found.item() == pytest.approx(hard + soft / 2, rel=1e-14)
+
+    of_full, of_small = torch.autograd.grad(found, [full, small])
+    labels = torch.tensor([[0.0, 0, 1], [1, 0, 0]], dtype=torch.float64)
+    teacher, student = full.detach().softmax(1), small.detach().softmax(1)
+    torch.testing.assert_close(of_full, (teacher - labels) / 2, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(of_small, (student - teacher) / 2, rtol=1e-14, atol=1e-15)
+
+
+def test_the_distilling_loss_smooths_labels_only_for_the_full_network() -> None:
+    full, small = torch.randn(4, 3), torch.randn(4, 3)
+    batch = (torch.zeros(4), torch.tensor([0, 1, 2, 1]))
+    smooth, plain = (
+        distilling_step(share)(batch, lambda images: (full, small))  # type: ignore[arg-type]
+        for share in (0.1, 0.0)
+    )
+    cross_entropy = nn.functional.cross_entropy
+    change = cross_entropy(full, batch[1], label_smoothing=0.1) - cross_entropy(full, batch[1])
+    torch.testing.assert_close(smooth - plain, change)
+
+
+def test_all_weights_are_drawn_anew_by_the_seed() -> None:
+    model = _net()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model[1].running_mean, model[1].running_var):
+            tensor.fill_(7.0)
+    reinitialise(model, seed=3)
+    assert not any((tensor == 7).any() for tensor in model.state_dict().values())
+    again, other = _net(), _net()
+    torch.rand(5)
+    reinitialise(again, seed=3)
+    reinitialise(other, seed=4)
+    assert _equal(model, again)
+    assert not torch.equal(model[0].weight, other[0].weight)
+
+
+def test_parameters_that_nothing_draws_anew_are_told() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(6, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factor
+
+    with pytest.raises(ConfigError, match=r"nothing resets '1\.factor'.*use finetune or distill"):
+        reinitialise(nn.Sequential(nn.Conv2d(3, 6, 3), Scale()), seed=0)
 
 
 def test_accuracy_by_hand_and_the_mode_comes_back() -> None:

@@ -23,10 +23,10 @@ from torch import Tensor
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError, ConfigError
 from nni_dbs.pool import draw, starting_points
-from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau
+from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau, posterior
 from nni_dbs.projection import project_batch
 from nni_dbs.sampling import Step, draw_options, draw_paths, path_fair, sandwich, spfs, uniform
-from nni_dbs.search import Searcher
+from nni_dbs.search import Searcher, neighbours
 from nni_dbs.space import Widths, WidthSpace
 
 Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
@@ -41,6 +41,9 @@ RULES: dict[str, Rule] = {
 """How the starting points' supernet can be trained: (space, points, generator, paths a step) -> steps."""
 
 
+_POLISH = 3  # rounds of looking around what the gradient found, by the predictor
+
+
 def over_budget(excess: Tensor) -> Tensor:
     """Penalty (N,) of `budget_excess` (N, I): its squares, where positive, summed over the limits."""
     return (F.relu(excess) ** 2).sum(-1)
@@ -51,8 +54,8 @@ def relaxed_search(
     starts: Tensor,
     bounds: Bounds,
     *,
-    steps: int = 40,
-    lr: float = 0.1,
+    steps: int = 60,
+    lr: float = 0.2,
     every: int = 5,
     optimism: float = 1.0,
     penalty: float = 5.0,
@@ -218,6 +221,8 @@ class DBSSearch(Searcher):
         self.points = [space.decode(space.encode(widths)) for widths in points]
         if not self.points or not all(map(bounds.fits, self.points)):
             raise BudgetError("DBS needs starting points, and all of them inside of the budget")
+        if latent and predictor is not None and predictor.bounds is None:
+            raise ConfigError("the latent search needs a decoder: make the TransformerPredictor with bounds=")
         self.latent = latent
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
         self._has_choice = self.predictor.options.shape[0] > 0
@@ -229,13 +234,16 @@ class DBSSearch(Searcher):
         self.held_out = (torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool))
 
     def _by_quality(self) -> list[Widths]:
-        """All networks that were told, as the predictor ranks them that is fitted to all measurements."""
+        """All networks that were told, by the `posterior` of predictions and measurements."""
         known = super()._by_quality()
         if len(known) < FEWEST or not self._has_choice:
             return known
         self.fit()
-        mean = self.predictor.predict(self._encoded(known)).mean
-        return [known[i] for i in mean.argsort(descending=True, stable=True)]
+        options, encoded = self.predictor.options, self._encoded(known)
+        scores = torch.tensor([self.told[widths] for widths in known], dtype=torch.float64)
+        predicted = self.predictor.predict(encoded).mean
+        worth = posterior(options.log_ratio(options.encode(encoded)), predicted, scores)
+        return [known[i] for i in worth.argsort(descending=True, stable=True)]
 
     def fit(self) -> None:
         """Fits the predictor to all that was told, unless it is."""
@@ -284,9 +292,22 @@ class DBSSearch(Searcher):
         else:
             found = relaxed_search(self.predictor, starts, self.bounds, optimism=self.optimism)
         found = project_batch(found, self.space, self.bounds).unique(dim=0)
-        predicted = self.predictor.predict(found)
-        order = (predicted.mean + self.optimism * predicted.std).argsort(descending=True, stable=True)
-        return [self.space.decode(row) for row in found[order]]
+        for _ in range(_POLISH):
+            around = self._around(found[self._promise(found)[: self.fresh]])
+            found = torch.cat([found, around]).unique(dim=0)
+        return [self.space.decode(row) for row in found[self._promise(found)]]
+
+    def _promise(self, networks: Tensor) -> Tensor:
+        """Indices (N,) of networks (N, G), the most promising first."""
+        predicted = self.predictor.predict(networks)
+        return (predicted.mean + self.optimism * predicted.std).argsort(descending=True, stable=True)
+
+    def _around(self, networks: Tensor) -> Tensor:
+        """Networks (M, G) inside of the budget that differ from given ones by an option of one group."""
+        parts = [neighbours(network, self.space) for network in networks]
+        wishes, keep = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        possible = self.bounds.fits_batch(wishes.where(keep, self.space.encode(self.space.smallest())))
+        return project_batch(wishes[possible], self.space, self.bounds, keep[possible])
 
     def _stage(self, widths: Widths) -> str:
         return "points" if widths in self.points else f"round {len(self.fits)}"

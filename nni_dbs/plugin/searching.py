@@ -96,10 +96,14 @@ class SearchPruner(WidthPruner):
             return self._best(searcher)
 
     def _best(self, searcher: Searcher) -> Widths:
-        """The searcher's choice; where latency is bounded, the first that keeps it when it is measured."""
+        """The searcher's choice; where latency is bounded, the first that keeps it when it is measured.
+
+        Where none does of those that fill the budget, the best one, to be made smaller.
+        """
         ranked = searcher.ranked()
         if self.latency is not None:
-            for widths in ranked[:_MEASURED]:
+            filling = [widths for widths in ranked[:_MEASURED] if not searcher._leaves_room(widths)]
+            for widths in filling:
                 if self.latency.measure(widths) <= self.most_latency:
                     return widths
         return ranked[0]
@@ -137,7 +141,10 @@ class SearchPruner(WidthPruner):
         if self.log is None:
             return {}
         if not self.resume:
-            self.log.unlink(missing_ok=True)
+            try:
+                self.log.unlink(missing_ok=True)
+            except OSError as error:
+                raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
             return {}
         return {Widths(line["widths"]): line["score"] for line in load_search(self.log)}
 
@@ -226,13 +233,17 @@ class DBSPruner(SearchPruner):
         rule: str = "spfs",
         per_step: int = 2,
         latent: bool = False,
-        dim: int = 32,
+        dim: int = 16,
         calibration_steps: int = 20,
         **kwargs: Any,
     ) -> None:
         if points < 1 or evaluations < points:
             raise ConfigError(
                 f"evaluations ({evaluations}) count the starting points ({points}), which are at least 1"
+            )
+        if per_step < 1 or dim < 16 or dim % 16:
+            raise ConfigError(
+                f"per_step must be at least 1, not {per_step}, and dim a multiple of 16, not {dim}"
             )
         if rule not in RULES:
             raise ConfigError(f"rule: no training rule {rule!r}{nearest(rule, RULES)}")
@@ -312,4 +323,13 @@ class DBSPruner(SearchPruner):
                 self.evaluator.train(max_steps, max_epochs)
         finally:
             self.evaluator.unbind_model()
+        self._keep_trained()
         self.counts["supernet steps"] = step.taken
+
+    @torch.no_grad()
+    def _keep_trained(self) -> None:
+        """Gives the weights to NNI's wrappers, which train copies while they are unwrapped."""
+        for wrapper in self._module_wrappers.values():
+            for name, space in wrapper.pruning_target_spaces.items():
+                if isinstance(space.target, nn.Parameter):
+                    space.target.copy_(wrapper.module.get_parameter(name))
