@@ -42,6 +42,7 @@ RULES: dict[str, Rule] = {
 
 
 _POLISH = 3  # rounds of looking around what the gradient found, by the predictor
+_AROUND = 8  # networks of such a round
 
 
 def over_budget(excess: Tensor) -> Tensor:
@@ -191,7 +192,8 @@ class DBSSearch(Searcher):
         bounds.
         starts: Known networks, the best by prediction, that the gradient starts from in each round.
         fresh: New random networks that it starts from too.
-        optimism: Networks are asked for by the predicted mean plus so many standard deviations.
+        optimism: Networks are asked for in turns by the predicted mean less and plus so many standard
+            deviations: where the prediction is safe, and where it may surprise.
 
     Attributes:
         points: The starting points.
@@ -290,17 +292,20 @@ class DBSSearch(Searcher):
         if self.latent:
             found = latent_search(self.predictor, starts, self.bounds)
         else:
-            found = relaxed_search(self.predictor, starts, self.bounds, optimism=self.optimism)
+            found = relaxed_search(self.predictor, starts, self.bounds, optimism=0.0)
         found = project_batch(found, self.space, self.bounds).unique(dim=0)
         for _ in range(_POLISH):
-            around = self._around(found[self._promise(found)[: self.fresh]])
+            around = self._around(found[self._promise(found)[:_AROUND]])
             found = torch.cat([found, around]).unique(dim=0)
         return [self.space.decode(row) for row in found[self._promise(found)]]
 
     def _promise(self, networks: Tensor) -> Tensor:
-        """Indices (N,) of networks (N, G), the most promising first."""
-        predicted = self.predictor.predict(networks)
-        return (predicted.mean + self.optimism * predicted.std).argsort(descending=True, stable=True)
+        """Indices (N,) of networks (N, G): in turns the most promising with caution and with optimism."""
+        mean, std = self.predictor.predict(networks)
+        orders = [
+            (mean + sign * self.optimism * std).argsort(descending=True, stable=True) for sign in (-1, 1)
+        ]
+        return torch.tensor(list(dict.fromkeys(torch.stack(orders, 1).flatten().tolist())))
 
     def _around(self, networks: Tensor) -> Tensor:
         """Networks (M, G) inside of the budget that differ from given ones by an option of one group."""
