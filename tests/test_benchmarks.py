@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nni_dbs.errors import DataError
+
 ROOT = Path(__file__).parents[1]
 COLUMNS = {
     "cost_speed": {"per_second", "per_second_with_gradient", "prune_and_count_seconds", "ratio"},
     "surgery_speed": {"params", "given_order_ms", "default_order_ms", "torch_pruning/default", "nni/default"},
     "grouping_speed": {"unverified_ms", "verified_ms", "torch_pruning_ms", "unverified/torch_pruning"},
     "budget_hit": {"fvcore_flops", "percent_of_budget", "groups_that_can_grow", "project_seconds"},
+    "search_speed": {"variant", "groups", "points_s", "fit_s", "round_s", "choice_s", "all_s", "random_s"},
     "supernet_speed": {"order", "measured", "ms", "against", "against_ms", "ratio"},
     "supernet_memory": {"step", "order", "peak_mb", "gradients_mb", "of_plain", "of_aim"},
 }
@@ -67,6 +71,28 @@ def test_budget_is_filled_in_a_quick_run(tmp_path: Path, monkeypatch: pytest.Mon
     for row in json.loads(out.read_text())["rows"]:
         assert 98 <= row["percent_of_budget"] <= 100
         assert row["groups_that_can_grow"] == 0
+
+
+@pytest.mark.skipif("CHANNEL_BENCH" not in os.environ, reason="CHANNEL_BENCH does not name the table")
+@pytest.mark.slow
+def test_searches_on_the_external_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "channel_bench.json"
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", ["channel_bench", "--quick", "--repeats", "1", "--out", str(out)])
+    bench = importlib.import_module("examples.benchmarks.channel_bench")
+    bench.main()
+    record = json.loads(out.read_text())
+    assert [row["method"] for row in record["rows"]] == list(bench.METHODS)
+    assert {row["predictor"] for row in record["settings"]["tau"]} == set(bench.PREDICTORS)
+    assert all(0 <= row["gap"] < 2 for row in record["rows"])
+
+
+def test_the_external_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.delenv("CHANNEL_BENCH", raising=False)
+    bench = importlib.import_module("examples.benchmarks.channel_bench")
+    with pytest.raises(DataError, match="CHANNEL_BENCH"):
+        bench.table_path()
 
 
 def test_repeats_must_be_positive(monkeypatch: pytest.MonkeyPatch) -> None:

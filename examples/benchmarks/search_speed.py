@@ -8,13 +8,14 @@ itself is timed. Random search draws and projects as many networks beside it.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from examples.benchmarks.measure import Row, arguments, collect, model_and_image, report
+from examples.benchmarks.measure import Row, arguments, collect, model_and_image, one_thread, report
 from nni_dbs import Budget, FlopsCost, Widths, WidthSpace
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.search import RandomSearch
@@ -32,7 +33,6 @@ CASES = (Case("resnet50", 1000), Case("resnet50", 1000, latent=True), Case("mobi
 QUICK = (Case("resnet18", 12),)
 SIZE = 64  # pixels; the widths' space does not depend on it
 ROUND = 16  # networks of a round
-THREADS = 2
 
 
 def score(space: WidthSpace, widths: Widths) -> float:
@@ -54,18 +54,17 @@ def rows_of(case: Case, repeats: int) -> list[Row]:
     bounds = Budget.parse(0.5).bound({"flops": FlopsCost(model, image, space.groups)})
     rows = []
     for seed in range(repeats):
-        search, points = timed(
-            lambda seed=seed: DBSSearch(space, bounds, seed, points=case.points, latent=case.latent)  # type: ignore[misc]
-        )
+        make = functools.partial(DBSSearch, space, bounds, seed, points=case.points, latent=case.latent)
+        search, points = timed(make)
         for widths in search.ask(case.points):
             search.tell(widths, score(space, widths))
         _, fit = timed(search.fit)
-        asked, gradient = timed(lambda search=search: search.ask(ROUND))  # type: ignore[misc]
+        asked, gradient = timed(functools.partial(search.ask, ROUND))
         for widths in asked:
             search.tell(widths, score(space, widths))
         _, choice = timed(search.best)
         random = RandomSearch(space, bounds, seed)
-        _, drawn = timed(lambda random=random: random.ask(case.points))  # type: ignore[misc]
+        _, drawn = timed(functools.partial(random.ask, case.points))
         best = max(score(space, widths) for widths in asked)
         rows.append(
             {
@@ -73,14 +72,13 @@ def rows_of(case: Case, repeats: int) -> list[Row]:
                 "variant": "latent" if case.latent else "relaxed",
                 "groups": search.predictor.options.shape[0],
                 "points": case.points,
-                "starting points, s": points,
-                "first fit, s": fit,
-                "round, s": gradient,
-                "refit and choice, s": choice,
-                "all, s": points + fit + gradient + choice,
-                "random search, s": drawn,
-                "tau": search.fits[0]["tau"],
-                "round beats all points": best > max(score(space, widths) for widths in search.points),
+                "points_s": points,
+                "fit_s": fit,
+                "round_s": gradient,
+                "choice_s": choice,
+                "all_s": points + fit + gradient + choice,
+                "random_s": drawn,
+                "round_beats_points": best > max(score(space, widths) for widths in search.points),
             }
         )
     return rows
@@ -88,7 +86,7 @@ def rows_of(case: Case, repeats: int) -> list[Row]:
 
 def main() -> None:
     args = arguments(__doc__, 1)
-    torch.set_num_threads(THREADS)
+    one_thread()
     cases = QUICK if args.quick else CASES
     rows = collect(lambda case: rows_of(case, args.repeats), cases)
     report(args, "search_speed", {"size": SIZE, "round": ROUND}, rows)
