@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +91,17 @@ def _search_pictures(out: Path, result: Result) -> list[Path]:
             result.held_out["predicted"],
             result.held_out["measured"],
             [bool(near) for near in result.held_out["in_band"]],
-            result.fits[-1]["tau"],
-            result.fits[-1]["tau_in_band"],
+            _or_nan(result.fits[-1]["tau"]),
+            _or_nan(result.fits[-1]["tau_in_band"]),
             unit=SCORE,
         )
     for name, figure in figures.items():
         plot.save(figure, out / f"{name}.png")
     return [out / f"{name}.png" for name in figures]
+
+
+def _or_nan(tau: float | None) -> float:
+    return math.nan if tau is None else tau
 
 
 def _counts(result: Result) -> list[str]:
@@ -105,7 +110,8 @@ def _counts(result: Result) -> list[str]:
     lines = [f"{name}: {count}" for name, count in result.counts.items()]
     if result.fits:
         last = result.fits[-1]
-        lines.append(f"held-out Kendall tau: {last['tau']:.2f}, near the budget {last['tau_in_band']:.2f}")
+        for name, tau in (("held-out Kendall tau", last["tau"]), ("near the budget", last["tau_in_band"])):
+            lines.append(f"{name}: {'undefined' if tau is None else format(tau, '.2f')}")
     return [f"Search: {', '.join(lines)}.", ""]
 
 

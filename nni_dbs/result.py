@@ -46,7 +46,8 @@ class Result:
             bounds them, and `latency_error`, the mean relative error of the model that predicted them.
         evaluations: Number of sub-networks that were evaluated.
         counts: Of each stage: starting points, training steps of the supernet, fits of the predictor, ...
-        fits: Of each fit of a predictor: evaluations, held-out Kendall tau, the same in the budget's band.
+        fits: Of each fit of a predictor: evaluations, held-out Kendall tau, and that in the budget's band
+            (None where it is not defined).
         held_out: Predicted and measured scores of the last fit, and which are in the band.
         seconds: Wall time of each stage.
         device: Where it ran.
@@ -67,7 +68,7 @@ class Result:
     latency_error: float | None = None
     evaluations: int = 0
     counts: dict[str, int] = field(default_factory=dict)
-    fits: list[dict[str, float]] = field(default_factory=list)
+    fits: list[dict[str, float | None]] = field(default_factory=list)
     held_out: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"

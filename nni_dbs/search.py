@@ -110,13 +110,13 @@ class Searcher(ABC):
         """
         if not self.told:
             raise TrainingError("no network was evaluated yet, so none can be chosen")
-        return sorted(self._by_quality(), key=self._leaves_room)
+        return sorted(self._by_quality(), key=self.leaves_room)
 
     def _by_quality(self) -> list[Widths]:
         """All networks that were told, the best first: by their scores."""
         return sorted(self.told, key=self.told.__getitem__, reverse=True)
 
-    def _leaves_room(self, widths: Widths) -> bool:
+    def leaves_room(self, widths: Widths) -> bool:
         """Whether a network uses less than 98 % of the budget although a group could grow."""
         if widths not in self._room:
             steps = self._steps(widths)

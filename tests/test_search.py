@@ -213,7 +213,7 @@ class SearcherContract:
     def test_a_score_that_is_told_again_replaces_the_first(self) -> None:
         searcher = self.make(*within(net(), 0.5))
         ((*networks,),) = played(searcher, 1, 12)
-        filling = [score(w) for w in networks if not searcher._leaves_room(w)]
+        filling = [score(w) for w in networks if not searcher.leaves_room(w)]
         assert score(searcher.best()) == max(filling)
         for widths in networks:
             searcher.tell(widths, -score(widths))

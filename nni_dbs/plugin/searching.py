@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -102,7 +103,7 @@ class SearchPruner(WidthPruner):
         """
         ranked = searcher.ranked()
         if self.latency is not None:
-            filling = [widths for widths in ranked[:_MEASURED] if not searcher._leaves_room(widths)]
+            filling = [widths for widths in ranked[:_MEASURED] if not searcher.leaves_room(widths)]
             for widths in filling:
                 if self.latency.measure(widths) <= self.most_latency:
                     return widths
@@ -300,7 +301,10 @@ class DBSPruner(SearchPruner):
     def _compress(self) -> None:
         super()._compress()
         predicted, measured, in_band = self._searched.held_out
-        self.result.fits = self._searched.fits
+        self.result.fits = [
+            {name: None if math.isnan(value) else value for name, value in fit.items()}
+            for fit in self._searched.fits
+        ]
         self.result.held_out = {
             "predicted": predicted.tolist(),
             "measured": measured.tolist(),

@@ -301,7 +301,9 @@ def test_asks_for_the_points_and_then_for_new_networks_inside_the_budget(latent:
     predicted = search.predictor.predict(networks).mean
     scores = torch.tensor([search.told[w] for w in ranked], dtype=torch.float64)
     worth = posterior(options.log_ratio(options.encode(networks)), predicted, scores)
-    assert worth.diff().max() <= 1e-4
+    filling = sum(not search.leaves_room(w) for w in ranked)
+    assert not any(search.leaves_room(w) for w in ranked[:filling])
+    assert worth[:filling].diff().max() <= 1e-4
     assert measured.tolist() == [score(space, w) for w in asked]
     assert band.tolist() == [bounds.used(w) >= 0.8 for w in asked]
     assert search.fits[-1]["evaluations"] == 16
@@ -314,11 +316,11 @@ def test_asks_for_those_that_the_predictor_promises_most_of() -> None:
     search = run(quick(space, bounds, points=24), space, 24)
     asked = search.ask(6)
     mean, std = search.predictor.predict(torch.stack([space.encode(w) for w in asked]))
-    promised = mean + std
-    assert torch.equal(promised, promised.sort(descending=True).values)
+    assert int((mean - std).argmax()) == 0
+    assert int((mean + std).argmax()) in (0, 1)
     others = project_batch(near(space, bounds, 200, seed=3), space, bounds)
-    mean, std = search.predictor.predict(others)
-    assert promised.min() > (mean + std).median()
+    best = search.predictor.predict(others).mean.median()
+    assert mean.min() > best
 
 
 def test_tau_in_the_band_counts_networks_from_80_percent_of_the_budget() -> None:
