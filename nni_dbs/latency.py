@@ -287,10 +287,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
 import statistics
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from nni_dbs.files import write
+from nni_dbs.latency import processor
 from nni_dbs.models import build_model
 from nni_dbs.result import package_versions
 
@@ -99,7 +99,7 @@ def report(args: argparse.Namespace, module: str, settings: Mapping[str, Any], r
         return
     record = {
         "command": shlex.join(["python", "-m", f"examples.benchmarks.{module}", *sys.argv[1:]]),
-        "cpu": cpu_model(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "versions": package_versions(),
         "settings": {"repeats": args.repeats, **settings},
@@ -123,12 +123,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and value < 1e4:
         return f"{value:.4g}"
     return f"{value:,.0f}" if isinstance(value, (int, float)) else str(value)
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

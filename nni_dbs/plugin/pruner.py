@@ -292,7 +292,10 @@ class WidthPruner(Pruner):
 
     @contextmanager
     def _plain_model(self) -> Iterator[nn.Module]:
-        """The model without NNI's wrappers, which come back with the same Parameter objects."""
+        """The model without NNI's wrappers, which come back with the same Parameter objects.
+
+        Unwrapping gives the modules copies of these; what was learnt meanwhile is copied back.
+        """
         wrappers = _wrappers(self.bound_model)  # of all joined compressors
         for wrapper in wrappers:
             wrapper.unwrap()
@@ -300,6 +303,7 @@ class WidthPruner(Pruner):
             yield self.bound_model
         finally:
             for wrapper in wrappers:
+                _keep_learnt(wrapper)
                 wrapper.wrap()
 
     def _masks(self, widths: Widths) -> dict[str, dict[str, Tensor]]:
@@ -368,6 +372,15 @@ def _tightened(bounds: Bounds, factor: float) -> Bounds:
 
 def _wrappers(model: nn.Module) -> list[Any]:
     return [m._nni_wrapper for m in model.modules() if "_nni_wrapper" in m._modules]
+
+
+@torch.no_grad()
+def _keep_learnt(wrapper: Any) -> None:
+    """Copies an unwrapped module's parameters into those that its wrapper brings back."""
+    for spaces in (wrapper.pruning_target_spaces, wrapper.quantization_target_spaces):
+        for name, space in spaces.items():
+            if isinstance(space.target, nn.Parameter):
+                space.target.copy_(wrapper.module.get_parameter(name))
 
 
 def _in_todays_words(config_list: Sequence[dict]) -> list[dict]:

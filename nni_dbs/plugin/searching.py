@@ -327,13 +327,4 @@ class DBSPruner(SearchPruner):
                 self.evaluator.train(max_steps, max_epochs)
         finally:
             self.evaluator.unbind_model()
-        self._keep_trained()
         self.counts["supernet steps"] = step.taken
-
-    @torch.no_grad()
-    def _keep_trained(self) -> None:
-        """Gives the weights to NNI's wrappers, which train copies while they are unwrapped."""
-        for wrapper in self._module_wrappers.values():
-            for name, space in wrapper.pruning_target_spaces.items():
-                if isinstance(space.target, nn.Parameter):
-                    space.target.copy_(wrapper.module.get_parameter(name))
