@@ -435,6 +435,10 @@ class Bounds:
         """The share of the tightest limit that the network uses; at most 1 inside the budget."""
         return max(cost(widths) / most for _, cost, most in self.limits)
 
+    def used_batch(self, widths: Tensor) -> Tensor:
+        """`used` for widths (B, G): (B,)."""
+        return torch.stack([cost.batch(widths) / most for _, cost, most in self.limits]).amax(0)
+
     def check_reachable(self, smallest: Mapping[str, int], largest: Mapping[str, int]) -> None:
         """Raises `BudgetError` with the reachable range if not even the smallest network fits."""
         for limit, cost, most in self.limits:

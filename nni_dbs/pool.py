@@ -101,10 +101,10 @@ def starting_points(
     """A pool of different networks that fill the budget: the uniform one first, then tilted draws.
 
     Each option of each group (`WidthSpace.options`: its choices, thinned to ten) that the budget allows is
-    the nearest one of at least `represented` of the networks (rounded down: in pools of 50 or more), as far
-    as there are so many different ones, so that a predictor sees all of them. To train a supernet and to fit
-    predictors to; DBS samples its starting points at similar budgets (abstract and poster; how is not known,
-    this is a reconstruction).
+    the nearest one of at least `represented` of the networks (of one, in small pools), as far as there are so
+    many different ones, so that a predictor sees all of them. To train a supernet and to fit predictors to;
+    DBS samples its starting points at similar budgets (abstract and poster; how is not known, this is a
+    reconstruction).
 
     Args:
         space, bounds: The space and the budget.
@@ -122,7 +122,7 @@ def starting_points(
     chances = tilted(space, bounds)
     pool = _distinct(uniform, n, space, bounds, chances, generator)
     if len(pool) == n:
-        _represent(pool, space, bounds, math.floor(represented * n), generator)
+        _represent(pool, space, bounds, math.ceil(represented * n), generator)
         pool = _distinct(pool, n, space, bounds, chances, generator)
     return [space.decode(row) for row in pool]
 
@@ -156,17 +156,13 @@ def _represent(
             if not possible.any():
                 continue
             new = project_batch(wishes[possible], space, bounds, keep[possible])
-            for row, network, kept_now in zip(rows[possible], new, keep[possible], strict=True):
-                alone = int(kept_now.sum()) == 1
-                if (alone or _share_of(network, bounds) >= _NEAR) and not (pool == network).all(1).any():
+            bound = keep[possible]
+            good = (bound.sum(1) == 1) | (bounds.used_batch(new) >= _NEAR)
+            for row, network, kept_now in zip(rows[possible][good], new[good], bound[good], strict=True):
+                if not (pool == network).all(1).any():
                     pool[row], kept[row], changed = network, kept_now, True
         if not changed:
             break
-
-
-def _share_of(network: Tensor, bounds: Bounds) -> float:
-    """Of the tightest limit that a network (G,) uses."""
-    return max(float(cost.batch(network.unsqueeze(0))) / most for _, cost, most in bounds.limits)
 
 
 def _distinct(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -161,14 +161,32 @@ class Searcher(ABC):
     def _anything(self, n: int) -> list[Widths]:
         """Where a searcher has no new ideas: networks near the budget, at random."""
         near = draw(self.space, self.chances, max(2 * n, _FEW), self.generator)
-        choices, counts = self.space.padded_choices()
-        chosen = (torch.rand(near.shape, generator=self.generator) * counts).long()
-        return self._projected(torch.cat([near, choices.gather(1, chosen.T).T]))
+        return self._projected(torch.cat([near, self._drawn(len(near))]))
 
-    def _projected(self, wishes: Tensor, keep: Tensor | None = None) -> list[Widths]:
+    def _drawn(self, n: int) -> Tensor:
+        """Networks (n, G) of any size: each choice of a group has the same chance."""
+        choices, counts = self.space.padded_choices()
+        chosen = (torch.rand(n, len(counts), generator=self.generator) * counts).long()
+        return choices.gather(1, chosen.T).T
+
+    def _projected(self, wishes: Tensor) -> list[Widths]:
         """Wishes (N, G) as networks, without repetitions."""
-        rows = project_batch(wishes, self.space, self.bounds, keep)
-        return list(dict.fromkeys(self.space.decode(row) for row in rows))
+        return self._decoded(project_batch(wishes, self.space, self.bounds))
+
+    def _around(self, networks: Tensor) -> Tensor:
+        """Networks (M, G) inside of the budget that differ from given ones (N, G) by an option of a group."""
+        parts = [neighbours(network, self.space) for network in networks]
+        wishes, keep = (torch.cat(columns) for columns in zip(*parts, strict=True))
+        possible = self.bounds.fits_batch(wishes.where(keep, self.space.encode(self.space.smallest())))
+        return project_batch(wishes[possible], self.space, self.bounds, keep[possible])
+
+    def _encoded(self, networks: Iterable[Mapping[str, int]]) -> Tensor:
+        """(N, G) as `WidthSpace.encode`."""
+        return torch.stack([self.space.encode(widths) for widths in networks])
+
+    def _decoded(self, networks: Tensor) -> list[Widths]:
+        """Networks (N, G) in their order, without repetitions."""
+        return list(dict.fromkeys(self.space.decode(row) for row in networks))
 
 
 class RandomSearch(Searcher):
@@ -178,9 +196,7 @@ class RandomSearch(Searcher):
     """
 
     def _propose(self, n: int) -> Sequence[Widths]:
-        return self._projected(
-            torch.stack([self.space.encode(self.space.sample(self.generator)) for _ in range(n)])
-        )
+        return self._projected(self._encoded(self.space.sample(self.generator) for _ in range(n)))
 
 
 class EvolutionSearch(Searcher):
@@ -219,24 +235,21 @@ class EvolutionSearch(Searcher):
         known = len(self.told.keys() | self._asked.keys())
         random = min(max(self.initial - known, 0), n)
         best = self._by_quality()[: self.parents]
-        rows = torch.stack([self.space.encode(widths) for widths in best])
-        bred = self._bred(rows, 2 * (n - random))
+        bred = self._bred(self._encoded(best), 2 * (n - random))
         return [*(self._anything(random)[:random] if random else []), *bred]
 
     def _bred(self, parents: Tensor, n: int) -> list[Widths]:
         """n children of parents (P, G), in turns by mutation and by crossover."""
         if n == 0:
             return []
-        choices, counts = self.space.padded_choices()
-        free = counts > 1
+        free = self.space.padded_choices()[1] > 1
         first = parents[torch.randint(len(parents), (n,), generator=self.generator)]
         second = parents[torch.randint(len(parents), (n,), generator=self.generator)]
         changed = torch.rand(first.shape, generator=self.generator) < self.mutation
         if free.any():
             one = torch.multinomial(free.float(), n, replacement=True, generator=self.generator)
             changed[torch.arange(n), one] = True
-        chosen = (torch.rand(first.shape, generator=self.generator) * counts).long()
-        mutants = first.where(~changed, choices.gather(1, chosen.T).T)
+        mutants = first.where(~changed, self._drawn(n))
         crossed = first.where(torch.rand(first.shape, generator=self.generator) < 0.5, second)
         alternate = (torch.arange(n) % 2 == 0).unsqueeze(1)
         return self._projected(mutants.where(alternate, crossed))
@@ -262,11 +275,8 @@ class GreedySearch(Searcher):
         return list(proposals)
 
     def _neighbours(self, widths: Widths) -> list[Widths]:
-        wishes, keep = neighbours(self.space.encode(widths), self.space)
-        possible = self.bounds.fits_batch(wishes.where(keep, self.space.encode(self.space.smallest())))
-        rows = project_batch(wishes[possible], self.space, self.bounds, keep[possible])
-        order = torch.randperm(len(rows), generator=self.generator)
-        return list(dict.fromkeys(self.space.decode(row) for row in rows[order]))
+        around = self._around(self._encoded([widths]))
+        return self._decoded(around[torch.randperm(len(around), generator=self.generator)])
 
 
 def neighbours(network: Tensor, space: WidthSpace) -> tuple[Tensor, Tensor]:

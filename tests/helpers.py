@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_pruning_adapters import ChannelGroup
+from nni_dbs import Budget, FlopsCost, ParamsCost, WidthSpace
+from nni_dbs.cost import Bounds
+from torch_pruning_adapters import ChannelGroup, find_channel_groups
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -312,3 +315,27 @@ CASES = {
     "layer_norm": Case(layer_norm, {"a": (6, 1)}, (2, 5, 3), exact=False),
     "layer_norm_plain": Case(lambda: layer_norm(False), {"a": (6, 1)}, (2, 5, 3), exact=False),
 }
+
+
+@functools.cache
+def chain(groups: int, width: int, divisor: int) -> tuple[WidthSpace, FlopsCost, ParamsCost]:
+    """A chain of convolutions, each of which but the last is a group; its FLOPs and parameters."""
+    convs = [conv(width if i else 3, width) for i in range(groups + 1)]
+    model = nn.Sequential(*(layer for c in convs for layer in (c, nn.ReLU())))
+    x = torch.zeros(1, 3, 8, 8)
+    found = find_channel_groups(model, x, verify=False)
+    space = WidthSpace(found, min_ratio=0.1, divisor=divisor)
+    return space, FlopsCost(model, x, found), ParamsCost(model, found)
+
+
+def bound(share: float, cost: FlopsCost) -> Bounds:
+    return Budget.parse(share).bound({"flops": cost})
+
+
+def truth(space: WidthSpace, widths: Tensor, seed: int = 0) -> Tensor:
+    """Scores (N,): sum_l w_l log r_l - sum_l v_l (r_l - r_{l+1})^2, w ~ U(0.5, 1.5), v ~ U(0, 2)."""
+    generator = torch.Generator().manual_seed(seed)
+    w = 0.5 + torch.rand(len(space.names), generator=generator, dtype=torch.float64)
+    v = 2 * torch.rand(len(space.names), generator=generator, dtype=torch.float64)
+    r = widths / space.encode({})
+    return (w * r.log()).sum(1) - (v[:-1] * (r[:, :-1] - r[:, 1:]) ** 2).sum(1)

@@ -22,6 +22,7 @@ COLUMNS = {
     "grouping_speed": {"unverified_ms", "verified_ms", "torch_pruning_ms", "unverified/torch_pruning"},
     "budget_hit": {"fvcore_flops", "percent_of_budget", "groups_that_can_grow", "project_seconds"},
     "search_speed": {"variant", "groups", "points_s", "fit_s", "round_s", "choice_s", "all_s", "random_s"},
+    "latency_budget": {"method", "full_ms", "pruned_ms", "ratio", "kept", "fit_error"},
     "supernet_speed": {"order", "measured", "ms", "against", "against_ms", "ratio"},
     "supernet_memory": {"step", "order", "peak_mb", "gradients_mb", "of_plain", "of_aim"},
 }

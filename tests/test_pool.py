@@ -285,6 +285,16 @@ def test_options_are_represented_as_often_as_asked_for() -> None:
     assert without < 6 <= with_share
 
 
+def test_small_pools_show_every_option() -> None:
+    space, bounds = within(chain(), 0.3)
+    pool = starting_points(space, bounds, 24, generator())
+    assert min(shown(space, bounds, pool).values()) >= 1
+    assert (
+        min(shown(space, bounds, starting_points(space, bounds, 24, generator(), represented=0)).values())
+        == 0
+    )
+
+
 def test_without_options_to_show_nothing_can_grow() -> None:
     space, bounds = within(small(), 0.3)
     pool = starting_points(space, bounds, 30, generator(), represented=0)

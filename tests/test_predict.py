@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nni_dbs import Budget, FlopsCost, ParamsCost, WidthSpace
+from nni_dbs import Budget, WidthSpace
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import TrainingError
 from nni_dbs.pool import draw, tilted
@@ -34,31 +34,7 @@ from nni_dbs.predict import (
     ridge,
     score_loss,
 )
-from torch_pruning_adapters import find_channel_groups
-
-
-@functools.cache
-def chain(groups: int, width: int, divisor: int) -> tuple[WidthSpace, FlopsCost, ParamsCost]:
-    """A chain of convolutions, each of which but the last is a group; its FLOPs and parameters."""
-    convs = [nn.Conv2d(width if i else 3, width, 3, padding=1) for i in range(groups + 1)]
-    model = nn.Sequential(*(layer for conv in convs for layer in (conv, nn.ReLU())))
-    x = torch.zeros(1, 3, 8, 8)
-    found = find_channel_groups(model, x, verify=False)
-    space = WidthSpace(found, min_ratio=0.1, divisor=divisor)
-    return space, FlopsCost(model, x, found), ParamsCost(model, found)
-
-
-def bound(share: float, cost: FlopsCost) -> Bounds:
-    return Budget.parse(share).bound({"flops": cost})
-
-
-def truth(space: WidthSpace, widths: Tensor, seed: int = 0) -> Tensor:
-    """Scores (N,): sum_l w_l log r_l - sum_l v_l (r_l - r_{l+1})^2, w ~ U(0.5, 1.5), v ~ U(0, 2)."""
-    generator = torch.Generator().manual_seed(seed)
-    w = 0.5 + torch.rand(len(space.names), generator=generator, dtype=torch.float64)
-    v = 2 * torch.rand(len(space.names), generator=generator, dtype=torch.float64)
-    r = widths / space.encode({})
-    return (w * r.log()).sum(1) - (v[:-1] * (r[:, :-1] - r[:, 1:]) ** 2).sum(1)
+from tests.helpers import bound, chain, truth
 
 
 def band(space: WidthSpace, bounds: Bounds, n: int, seed: int = 0) -> Tensor:

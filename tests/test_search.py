@@ -476,7 +476,7 @@ def test_networks_without_a_choice_have_no_neighbours() -> None:
 class Unprojected(EvolutionSearch):
     """Keeps the wishes for children as they are bred."""
 
-    def _projected(self, wishes: Tensor, keep: Tensor | None = None) -> list[Widths]:
+    def _projected(self, wishes: Tensor) -> list[Widths]:
         self.wishes = wishes
         return []
 

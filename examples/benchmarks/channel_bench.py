@@ -193,7 +193,7 @@ class RidgeSearch(BandSearch):
         self.predictor.fit(widths, torch.tensor(list(self.told.values())))
 
 
-def _dbs(table: Table, bounds: Bounds, seed: int, points: int = 8, **kwargs: Any) -> DBSSearch:
+def _dbs(table: Table, bounds: Bounds, seed: int, points: int = 12, **kwargs: Any) -> DBSSearch:
     latent = kwargs.pop("latent", False)
     predictor = TransformerPredictor(table.space, bounds if latent else None, dim=DIM, seed=seed, **kwargs)
     return DBSSearch(table.space, bounds, seed, points=points, predictor=predictor, latent=latent)

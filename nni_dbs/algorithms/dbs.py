@@ -13,8 +13,8 @@ the final choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from nni_dbs.pool import draw, starting_points
 from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau, posterior
 from nni_dbs.projection import project_batch
 from nni_dbs.sampling import Step, draw_options, draw_paths, path_fair, sandwich, spfs, uniform
-from nni_dbs.search import Searcher, neighbours
+from nni_dbs.search import Searcher
 from nni_dbs.space import Widths, WidthSpace
 
 Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
@@ -50,6 +50,30 @@ def over_budget(excess: Tensor) -> Tensor:
     return (F.relu(excess) ** 2).sum(-1)
 
 
+def _stiffened(penalty: float, networks: Tensor, bounds: Bounds) -> float:
+    """The penalty's weight, doubled (up to 100) where most networks (N, G) are over the budget."""
+    return min(2 * penalty, 100.0) if bounds.fits_batch(networks).double().mean() < 0.5 else penalty
+
+
+class TrustRegion(NamedTuple):
+    """What lies within a radius of evaluated networks: as far as a predictor of few networks can be believed.
+
+    Without it a search by gradient ends in the corners of the space, where the predictor knows least, and
+    where a supernet of the starting points was never trained. (Not known from DBS.)
+
+    Attributes:
+        centers: (M, L) logarithms of the evaluated networks' ratios, as `Options.log_ratio`.
+        radius: Euclidean.
+    """
+
+    centers: Tensor
+    radius: float
+
+    def excess(self, x: Tensor) -> Tensor:
+        """How many radii points x (N, L) lie outside, (N,); 0 inside; differentiable."""
+        return F.relu(torch.cdist(x, self.centers).amin(1) / self.radius - 1)
+
+
 def relaxed_search(
     predictor: TransformerPredictor,
     starts: Tensor,
@@ -60,6 +84,7 @@ def relaxed_search(
     every: int = 5,
     optimism: float = 1.0,
     penalty: float = 5.0,
+    region: TrustRegion | None = None,
 ) -> Tensor:
     """Gradient search on relaxed widths: each group's options as the softmax of free logits.
 
@@ -76,6 +101,7 @@ def relaxed_search(
         every: Steps between decodings.
         optimism: The objective is the predicted mean plus so many standard deviations.
         penalty: Weight of `over_budget` at first.
+        region: What lies outside costs the square of its excess, of the same weight.
 
     Returns:
         Different networks (M, G) near the budget, not projected into it.
@@ -88,14 +114,16 @@ def relaxed_search(
         p = torch.softmax((logits / 0.2 ** (step / steps)).masked_fill(~options.valid, -torch.inf), 2)
         predicted = predictor.standardised(p)
         excess = budget_excess(options.relaxed(p), bounds)
-        objective = predicted.mean + optimism * predicted.std - penalty * over_budget(excess)
+        price = over_budget(excess)
+        if region is not None:
+            price = price + region.excess(options.log_ratio(p)) ** 2
+        objective = predicted.mean + optimism * predicted.std - penalty * price
         (logits.grad,) = torch.autograd.grad(-objective.sum(), logits)
         optimizer.step()
         if step % every == 0:
             decoded = options.nearest(p.detach())
             found.append(decoded)
-            if bounds.fits_batch(decoded).double().mean() < 0.5:
-                penalty = min(2 * penalty, 100.0)
+            penalty = _stiffened(penalty, decoded, bounds)
     return torch.cat(found).unique(dim=0)
 
 
@@ -109,8 +137,7 @@ def latent_search(
     step: float = 0.1,
     penalty: float = 5.0,
 ) -> Tensor:
-    """Gradient search on the features that the encoder gives, as DBS has it, with the decoder back to
-    networks.
+    """Gradient search on the encoder's features, as DBS has it, and the decoder from them to networks.
 
     The features leave what the decoder knows when they move far, and it gives back the network that they
     began with when they do not. So, in each round: from each network one gradient, with respect to its
@@ -134,8 +161,7 @@ def latent_search(
     Raises:
         ConfigError: The predictor has no decoder.
     """
-    if predictor.bounds is None:
-        raise ConfigError("the latent search needs a decoder: make the TransformerPredictor with bounds=")
+    _check_decoder(predictor)
     network, options = predictor.network, predictor.options
     members, (groups, _) = predictor.members, options.shape
     with torch.no_grad():
@@ -162,9 +188,13 @@ def latent_search(
             chosen = decoded.gather(1, index).squeeze(1)
         networks = options.nearest(options.one_hot(chosen.flatten(0, 1)))
         found.append(networks)
-        if bounds.fits_batch(networks).double().mean() < 0.5:
-            penalty = min(2 * penalty, 100.0)
+        penalty = _stiffened(penalty, networks, bounds)
     return torch.cat(found).unique(dim=0)
+
+
+def _check_decoder(predictor: TransformerPredictor) -> None:
+    if predictor.bounds is None:
+        raise ConfigError("the latent search needs a decoder: make the TransformerPredictor with bounds=")
 
 
 def _encoded_by_member(predictor: TransformerPredictor, chosen: Tensor) -> Tensor:
@@ -181,15 +211,17 @@ class DBSSearch(Searcher):
 
     The default of this package. The first networks that it asks for are the starting points; from then on
     each `ask` fits the predictor to all that was told, and returns the networks that the frozen predictor
-    promises most of. Ask for few at a time: every round learns from the one before. `best` goes by the
-    predictor fitted to all measurements, not by the luckiest measurement.
+    promises most of, first those inside of the `TrustRegion`. Its radius is at first the median distance from
+    a network to its nearest; it doubles when the next networks score what was predicted, within a standard
+    deviation (until the region is the whole space), and is halved when they do not. Ask for few at a time:
+    every round learns from the one before. `best` goes by the predictor fitted to all measurements, not by
+    the luckiest measurement.
 
     Args:
         space, bounds, seed: See `Searcher`.
         points: Starting points: networks, or how many to draw (`starting_points`).
         latent: Search by `latent_search`, in place of `relaxed_search`.
-        predictor: Default: a `TransformerPredictor` of default sizes. The latent variant needs one with
-        bounds.
+        predictor: Default: a `TransformerPredictor` of default sizes; the latent variant needs its `bounds`.
         starts: Known networks, the best by prediction, that the gradient starts from in each round.
         fresh: New random networks that it starts from too.
         optimism: Networks are asked for in turns by the predicted mean less and plus so many standard
@@ -197,8 +229,8 @@ class DBSSearch(Searcher):
 
     Attributes:
         points: The starting points.
-        fits: Of each fit: number of `evaluations`, held-out Kendall `tau` and `tau_in_band` (networks from 80
-            % of the budget on).
+        fits: Of each fit: number of `evaluations`, held-out Kendall `tau` and `tau_in_band` (of networks that
+            use at least 80 % of the budget), and the trust region's `radius`.
         held_out: Of the last fit: predicted and measured scores (N,), and which are in the band (N,) bool.
     """
 
@@ -223,15 +255,16 @@ class DBSSearch(Searcher):
         self.points = [space.decode(space.encode(widths)) for widths in points]
         if not self.points or not all(map(bounds.fits, self.points)):
             raise BudgetError("DBS needs starting points, and all of them inside of the budget")
-        if latent and predictor is not None and predictor.bounds is None:
-            raise ConfigError("the latent search needs a decoder: make the TransformerPredictor with bounds=")
         self.latent = latent
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
+        if latent:
+            _check_decoder(self.predictor)
         self._has_choice = self.predictor.options.shape[0] > 0
         self.starts = starts
         self.fresh = fresh
         self.optimism = optimism
         self.fits: list[dict[str, float]] = []
+        self.radius = torch.inf
         self._fitted: dict[Widths, float] = {}
         self.held_out = (torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.bool))
 
@@ -241,19 +274,17 @@ class DBSSearch(Searcher):
         if len(known) < FEWEST or not self._has_choice:
             return known
         self.fit()
-        options, encoded = self.predictor.options, self._encoded(known)
-        scores = torch.tensor([self.told[widths] for widths in known], dtype=torch.float64)
-        predicted = self.predictor.predict(encoded).mean
-        worth = posterior(options.log_ratio(options.encode(encoded)), predicted, scores)
+        encoded, scores = self._encoded(known), self._scores(known)
+        worth = posterior(self._features(encoded), self.predictor.predict(encoded).mean, scores)
         return [known[i] for i in worth.argsort(descending=True, stable=True)]
 
     def fit(self) -> None:
         """Fits the predictor to all that was told, unless it is."""
         if self._fitted == self.told:
             return
+        self.radius = self._trusted_radius()
         self._fitted = dict(self.told)
-        widths = self._encoded(list(self.told))
-        scores = torch.tensor(list(self.told.values()), dtype=torch.float64)
+        widths, scores = self._encoded(self.told), self._scores(self.told)
         held_out = self.predictor.fit(widths, scores)
         band = torch.tensor([self.bounds.used(w) >= self.BAND for w in self.told])
         self.held_out = held_out, scores, band
@@ -262,8 +293,23 @@ class DBSSearch(Searcher):
                 "evaluations": len(scores),
                 "tau": kendall_tau(held_out, scores),
                 "tau_in_band": kendall_tau(held_out[band], scores[band]),
+                "radius": self.radius,
             }
         )
+
+    def _trusted_radius(self) -> float:
+        """The trust region's next radius, by what the last fit said of the networks that were told since."""
+        if not self._fitted:
+            x = self._features(self._encoded(self.told))
+            return float(torch.cdist(x, x).fill_diagonal_(torch.inf).amin(1).median())
+        new = [widths for widths in self.told if widths not in self._fitted]
+        if not new:
+            return self.radius
+        mean, std = self.predictor.predict(self._encoded(new))
+        if self._scores(new).mean() < (mean - std).mean():
+            return self.radius / 2
+        ends = self._features(self._encoded([self.space.smallest(), self.space.largest()]))
+        return min(2 * self.radius, float((ends[0] - ends[1]).norm()))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -271,6 +317,7 @@ class DBSSearch(Searcher):
             "points": [dict(widths) for widths in self.points],
             "predictor": self.predictor.state_dict(),
             "fits": list(self.fits),
+            "radius": self.radius,
             "fitted": [(dict(widths), score) for widths, score in self._fitted.items()],
             "held_out": self.held_out,
         }
@@ -280,6 +327,7 @@ class DBSSearch(Searcher):
         self.points = [Widths(widths) for widths in state["points"]]
         self.predictor.load_state_dict(state["predictor"])
         self.fits = list(state["fits"])
+        self.radius = state["radius"]
         self._fitted = {Widths(widths): score for widths, score in state["fitted"]}
         self.held_out = state["held_out"]
 
@@ -288,40 +336,42 @@ class DBSSearch(Searcher):
         if waiting or len(self.told) < FEWEST or not self._has_choice:
             return waiting[:n]
         self.fit()
-        starts = self._starts()
+        starts, region = self._starts(), self._region()
         if self.latent:
             found = latent_search(self.predictor, starts, self.bounds)
         else:
-            found = relaxed_search(self.predictor, starts, self.bounds, optimism=0.0)
+            found = relaxed_search(self.predictor, starts, self.bounds, optimism=0.0, region=region)
         found = project_batch(found, self.space, self.bounds).unique(dim=0)
         for _ in range(_POLISH):
-            around = self._around(found[self._promise(found)[:_AROUND]])
+            around = self._around(self._promising(found, region)[:_AROUND])
             found = torch.cat([found, around]).unique(dim=0)
-        return [self.space.decode(row) for row in found[self._promise(found)]]
+        return self._decoded(self._promising(found, region))
 
-    def _promise(self, networks: Tensor) -> Tensor:
-        """Indices (N,) of networks (N, G): in turns the most promising with caution and with optimism."""
+    def _promising(self, networks: Tensor, region: TrustRegion) -> Tensor:
+        """Networks (N, G): trusted ones first, in turns the best with caution and with optimism."""
         mean, std = self.predictor.predict(networks)
         orders = [
             (mean + sign * self.optimism * std).argsort(descending=True, stable=True) for sign in (-1, 1)
         ]
-        return torch.tensor(list(dict.fromkeys(torch.stack(orders, 1).flatten().tolist())))
+        order = torch.tensor(list(dict.fromkeys(torch.stack(orders, 1).flatten().tolist())))
+        networks = networks[order]
+        return networks[region.excess(self._features(networks)).argsort(stable=True)]
 
-    def _around(self, networks: Tensor) -> Tensor:
-        """Networks (M, G) inside of the budget that differ from given ones by an option of one group."""
-        parts = [neighbours(network, self.space) for network in networks]
-        wishes, keep = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        possible = self.bounds.fits_batch(wishes.where(keep, self.space.encode(self.space.smallest())))
-        return project_batch(wishes[possible], self.space, self.bounds, keep[possible])
+    def _region(self) -> TrustRegion:
+        return TrustRegion(self._features(self._encoded(self.told)), self.radius)
+
+    def _features(self, networks: Tensor) -> Tensor:
+        """Logarithms (N, L) of the ratios of networks (N, G)."""
+        return self.predictor.options.log_ratio(self.predictor.options.encode(networks))
+
+    def _scores(self, networks: Iterable[Widths]) -> Tensor:
+        return torch.tensor([self.told[widths] for widths in networks], dtype=torch.float64)
 
     def _stage(self, widths: Widths) -> str:
         return "points" if widths in self.points else f"round {len(self.fits)}"
 
     def _starts(self) -> Tensor:
         """Networks (S, G): those known that the predictor thinks best of, and random ones."""
-        known = self._encoded(list(self.told))
+        known = self._encoded(self.told)
         best = self.predictor.predict(known).mean.argsort(descending=True, stable=True)[: self.starts]
         return torch.cat([known[best], draw(self.space, self.chances, self.fresh, self.generator)])
-
-    def _encoded(self, networks: Sequence[Widths]) -> Tensor:
-        return torch.stack([self.space.encode(widths) for widths in networks])

@@ -8,41 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
-from nni_dbs.algorithms.dbs import DBSSearch, latent_search, over_budget, relaxed_search
+from nni_dbs import Budget, Widths, WidthSpace
+from nni_dbs.algorithms.dbs import DBSSearch, TrustRegion, latent_search, over_budget, relaxed_search
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError, ConfigError, UserError
 from nni_dbs.pool import draw, tilted
 from nni_dbs.predict import TransformerPredictor, budget_excess, kendall_tau, posterior
 from nni_dbs.projection import project_batch
 from nni_dbs.search import RandomSearch
-from torch_pruning_adapters import find_channel_groups
-
-
-@functools.cache
-def chain(groups: int, width: int) -> tuple[WidthSpace, FlopsCost, ParamsCost]:
-    """A chain of convolutions, each of which but the last is a group with a choice for each four channels."""
-    convs = [nn.Conv2d(width if i else 3, width, 3, padding=1) for i in range(groups + 1)]
-    model = nn.Sequential(*(layer for conv in convs for layer in (conv, nn.ReLU())))
-    x = torch.zeros(1, 3, 8, 8)
-    found = find_channel_groups(model, x, verify=False)
-    space = WidthSpace(found, min_ratio=0.1, divisor=4)
-    return space, FlopsCost(model, x, found), ParamsCost(model, found)
-
-
-def bound(share: float, cost: FlopsCost) -> Bounds:
-    return Budget.parse(share).bound({"flops": cost})
-
-
-def truth(space: WidthSpace, widths: Tensor, seed: int = 0) -> Tensor:
-    """Scores (N,): sum_l w_l log r_l - sum_l v_l (r_l - r_{l+1})^2, w ~ U(0.5, 1.5), v ~ U(0, 2)."""
-    generator = torch.Generator().manual_seed(seed)
-    w = 0.5 + torch.rand(len(space.names), generator=generator, dtype=torch.float64)
-    v = 2 * torch.rand(len(space.names), generator=generator, dtype=torch.float64)
-    r = widths / space.encode({})
-    return (w * r.log()).sum(1) - (v[:-1] * (r[:, :-1] - r[:, 1:]) ** 2).sum(1)
+from tests.helpers import bound, chain, truth
 
 
 def score(space: WidthSpace, widths: Widths, seed: int = 0) -> float:
@@ -67,7 +43,7 @@ def small(space: WidthSpace, bounds: Bounds | None = None, seed: int = 0, **kwar
 @functools.cache
 def fitted() -> tuple[TransformerPredictor, WidthSpace, Bounds]:
     """Six groups of four options; budget head and decoder are trained."""
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.4, cost)
     predictor = small(space, bounds, lr=5e-3)
     predictor.FREE_STEPS = 150
@@ -92,7 +68,7 @@ def test_over_budget_sums_the_squares_of_what_is_over() -> None:
 
 
 def test_over_budget_of_networks_has_the_gradient_of_its_values() -> None:
-    _, flops, params = chain(3, 16)
+    _, flops, params = chain(3, 16, 4)
     bounds = Budget.parse({"flops": 0.4, "params": 0.3}).bound({"flops": flops, "params": params})
     widths = torch.linspace(0.3, 1, 6).unsqueeze(1) * (10 + 6 * torch.rand(6, 3, dtype=torch.float64))
     penalty = over_budget(budget_excess(widths, bounds))
@@ -146,7 +122,7 @@ def test_the_ladder_takes_the_first_rung_that_is_new() -> None:
 
 
 def test_latent_search_without_a_decoder_is_refused() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     predictor = small(space, steps=5)
     with pytest.raises(ConfigError, match="needs a decoder"):
         latent_search(predictor, near(space, bound(0.5, cost), 2), bound(0.5, cost))
@@ -171,7 +147,7 @@ def test_best_network_found_is_predicted_as_good_as_the_best_start(kernel: Any) 
 @functools.cache
 def every_network() -> tuple[WidthSpace, Bounds, Tensor]:
     """All networks of four groups of four options inside of half of the FLOPs, (N, G)."""
-    space, cost, _ = chain(4, 16)
+    space, cost, _ = chain(4, 16, 4)
     bounds = bound(0.5, cost)
     choices = [space.choices(name) for name in space.names]
     assert [len(c) for c in choices] == [4] * 4
@@ -203,7 +179,7 @@ def test_gradient_finds_what_enumeration_finds(latent: bool) -> None:
 
 
 def test_optimism_prefers_what_is_uncertain() -> None:
-    space, cost, _ = chain(6, 40)
+    space, cost, _ = chain(6, 40, 4)
     bounds = bound(0.5, cost)
     predictor = small(space)
     known = near(space, bounds, 40)
@@ -223,8 +199,8 @@ def feasible(bounds: Bounds, networks: Tensor) -> float:
 @pytest.mark.parametrize("share", [0.15, 0.3])
 def test_the_penalty_leads_relaxed_networks_into_a_tight_budget(share: float) -> None:
     predictor, space, _ = fitted()
-    bounds = bound(share, chain(6, 16)[1])
-    wide = bound(0.8, chain(6, 16)[1])
+    bounds = bound(share, chain(6, 16, 4)[1])
+    wide = bound(0.8, chain(6, 16, 4)[1])
     starts = project_batch(near(space, wide, 20), space, wide)
     assert feasible(bounds, starts) == 0
     final = relaxed_search(predictor, starts, bounds, every=40)
@@ -236,7 +212,7 @@ def test_the_penalty_leads_relaxed_networks_into_a_tight_budget(share: float) ->
 
 def test_the_penalty_leads_latent_networks_into_a_tight_budget() -> None:
     predictor, space, bounds = fitted()
-    wide = bound(0.8, chain(6, 16)[1])
+    wide = bound(0.8, chain(6, 16, 4)[1])
     starts = project_batch(near(space, wide, 20), space, wide)
     assert feasible(bounds, starts) == 0
     found = latent_search(predictor, starts, bounds, rounds=12)
@@ -248,7 +224,7 @@ def test_the_penalty_leads_latent_networks_into_a_tight_budget() -> None:
 
 def test_a_second_limit_is_kept_as_well() -> None:
     predictor, space, _ = fitted()
-    _, flops, params = chain(6, 16)
+    _, flops, params = chain(6, 16, 4)
     bounds = Budget.parse({"flops": 1.0, "params": 0.3}).bound({"flops": flops, "params": params})
     starts = near(space, bound(0.8, flops), 20)
     assert feasible(bounds, relaxed_search(predictor, starts, bounds, every=40)) >= 0.5
@@ -276,7 +252,7 @@ def quick(space: WidthSpace, bounds: Bounds, seed: int = 0, **kwargs: Any) -> DB
 
 @pytest.mark.parametrize("latent", [False, True])
 def test_asks_for_the_points_and_then_for_new_networks_inside_the_budget(latent: bool) -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     search = quick(space, bounds, latent=latent)
     first = search.ask(8)
@@ -311,7 +287,7 @@ def test_asks_for_the_points_and_then_for_new_networks_inside_the_budget(latent:
 
 
 def test_asks_for_those_that_the_predictor_promises_most_of() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     search = run(quick(space, bounds, points=24), space, 24)
     asked = search.ask(6)
@@ -323,8 +299,85 @@ def test_asks_for_those_that_the_predictor_promises_most_of() -> None:
     assert mean.min() > best
 
 
+def distances(search: DBSSearch, networks: list[Widths], known: list[Widths]) -> Tensor:
+    """From each network to the nearest known one, (N,), by logarithms of the ratios."""
+
+    def logs(some: list[Widths]) -> Tensor:
+        return torch.stack([search.space.encode(w) / search.space.encode({}) for w in some]).log()
+
+    return (logs(networks).unsqueeze(1) - logs(known)).norm(dim=2).amin(1)
+
+
+def test_excess_is_how_many_radii_a_point_lies_outside() -> None:
+    region = TrustRegion(torch.tensor([[0.0, 0.0], [4.0, 0.0]]), 1.0)
+    points = torch.tensor([[0.5, 0.0], [0.0, 3.0], [4.0, -2.0]], requires_grad=True)
+    excess = region.excess(points)
+    assert torch.equal(excess, torch.tensor([0.0, 2.0, 1.0]))
+    (slope,) = torch.autograd.grad(excess.sum(), points)
+    assert torch.equal(slope, torch.tensor([[0.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+    assert torch.equal(region._replace(radius=torch.inf).excess(points), torch.zeros(3))
+
+
+def test_relaxed_networks_stay_in_the_region() -> None:
+    predictor, space, bounds = fitted()
+    starts = near(space, bounds, 12)
+    centers = predictor.options.log_ratio(predictor.options.encode(starts))
+    region = TrustRegion(centers, 0.4)
+
+    def outside(**kwargs: Any) -> float:
+        found = relaxed_search(predictor, starts, bounds, every=60, **kwargs)
+        return float(region.excess(predictor.options.log_ratio(predictor.options.encode(found))).mean())
+
+    free, kept = outside(), outside(region=region)
+    print(f"mean excess: free {free:.2f}, in the region {kept:.2f}")
+    assert kept < 0.5 * free
+
+
+def test_the_first_radius_is_the_median_distance_between_neighbours() -> None:
+    space, cost, _ = chain(6, 16, 4)
+    search = run(quick(space, bound(0.5, cost), points=9), space, 9)
+    search.fit()
+    apart = [distances(search, [w], [other for other in search.points if other != w]) for w in search.points]
+    assert search.radius == pytest.approx(float(torch.cat(apart).median()), rel=1e-12)
+    assert search.fits[-1]["radius"] == search.radius
+
+
+@pytest.mark.parametrize("surprise", [-5.0, 0.0, 5.0])
+def test_the_radius_follows_whether_predictions_hold(surprise: float) -> None:
+    space, cost, _ = chain(6, 16, 4)
+    search = run(quick(space, bound(0.5, cost), points=16), space, 16)
+    asked = search.ask(4)
+    before = search.radius
+    mean, std = search.predictor.predict(torch.stack([space.encode(w) for w in asked]))
+    for widths, m, s in zip(asked, mean.tolist(), std.tolist(), strict=True):
+        search.tell(widths, m + surprise * s)
+    search.fit()
+    assert search.radius == before * (0.5 if surprise < 0 else 2.0)
+
+
+def test_the_region_grows_to_the_whole_space_and_no_further() -> None:
+    space, cost, _ = chain(6, 16, 4)
+    search = run(quick(space, bound(0.5, cost), points=16), space, 16)
+    for _ in range(5):
+        search.tell(search.ask(1)[0], 100.0)
+    search.fit()
+    (ends,) = distances(search, [space.smallest()], [space.largest()])
+    assert search.radius == pytest.approx(float(ends), rel=1e-12)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_networks_inside_of_the_region_are_asked_for_first(latent: bool) -> None:
+    space, cost, _ = chain(6, 40, 4)
+    search = run(quick(space, bound(0.5, cost), points=24, latent=latent), space, 24)
+    known = list(search.told)
+    asked = search.ask(40)
+    inside = distances(search, asked, known) <= search.radius * (1 + 1e-9)
+    assert 4 <= int(inside.sum())
+    assert inside.tolist() == sorted(inside.tolist(), reverse=True)
+
+
 def test_tau_in_the_band_counts_networks_from_80_percent_of_the_budget() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     search = quick(space, bounds)
     for row in near(space, bound(0.35, cost), 40).tolist():
@@ -339,7 +392,7 @@ def test_tau_in_the_band_counts_networks_from_80_percent_of_the_budget() -> None
 
 
 def test_fits_without_networks_in_the_band() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     search = quick(space, bound(0.9, cost))
     for row in near(space, bound(0.2, cost), 8).tolist():
         search.tell(dict(zip(space.names, map(int, row), strict=True)), row[0])
@@ -348,7 +401,7 @@ def test_fits_without_networks_in_the_band() -> None:
 
 
 def test_a_lucky_measurement_is_not_chosen() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     search = quick(space, bounds)
     networks = project_batch(near(space, bounds, 80), space, bounds).unique(dim=0)
@@ -364,7 +417,7 @@ def test_a_lucky_measurement_is_not_chosen() -> None:
 
 
 def test_own_points_are_asked_for_first_and_few_are_enough() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     points = [space.smallest(), space.uniform(0.5)]
     search = quick(space, bounds, points=points)
@@ -378,7 +431,7 @@ def test_own_points_are_asked_for_first_and_few_are_enough() -> None:
 
 
 def test_networks_that_were_told_before_are_not_asked_for() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     search = quick(space, bounds)
     known = search.points[:5]
@@ -388,7 +441,7 @@ def test_networks_that_were_told_before_are_not_asked_for() -> None:
 
 
 def test_same_seed_same_search() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     one, two, other = (run(quick(space, bounds, seed), space, 12) for seed in (0, 0, 1))
     assert one.told == two.told and list(one.told) == list(two.told)
@@ -397,13 +450,13 @@ def test_same_seed_same_search() -> None:
 
 
 def test_no_starts_from_random_networks_are_allowed() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     search = run(quick(space, bound(0.5, cost), fresh=0), space, 12)
     assert len(search.told) == 12
 
 
 def test_mistakes_are_refused_before_anything_is_evaluated() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
     with pytest.raises(UserError, match="needs starting points"):
         DBSSearch(space, bounds, points=[])
@@ -414,19 +467,19 @@ def test_mistakes_are_refused_before_anything_is_evaluated() -> None:
 
 
 def test_a_latent_search_with_a_predictor_without_decoder_is_refused_at_once() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     with pytest.raises(ConfigError, match="decoder"):
         DBSSearch(space, bound(0.5, cost), latent=True, predictor=small(space))
 
 
 def test_points_over_the_budget_are_refused_at_once() -> None:
-    space, cost, _ = chain(6, 16)
+    space, cost, _ = chain(6, 16, 4)
     with pytest.raises(BudgetError):
         DBSSearch(space, bound(0.5, cost), points=[space.largest()])
 
 
 def test_a_space_without_choice_has_its_one_network() -> None:
-    space, cost, _ = chain(3, 16)
+    space, cost, _ = chain(3, 16, 4)
     only = WidthSpace(space.groups, min_ratio=1.0)
     for latent in (False, True):
         search = DBSSearch(only, bound(1.0, cost), latent=latent)
@@ -437,7 +490,7 @@ def test_a_space_without_choice_has_its_one_network() -> None:
 
 
 def test_a_small_space_is_searched_to_its_end() -> None:
-    space, cost, _ = chain(2, 16)
+    space, cost, _ = chain(2, 16, 4)
     bounds = bound(0.5, cost)
     search = run(quick(space, bounds, points=4), space, 100, at_once=4)
     assert len(search.told) < 16
@@ -450,7 +503,7 @@ def test_a_small_space_is_searched_to_its_end() -> None:
 
 @pytest.mark.parametrize("latent", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_beats_random_search_in_small(latent: bool) -> None:
-    space, cost, _ = chain(6, 40)
+    space, cost, _ = chain(6, 40, 4)
     bounds = bound(0.5, cost)
     wins = 0
     for seed in range(3):
@@ -465,7 +518,7 @@ def test_beats_random_search_in_small(latent: bool) -> None:
 @pytest.mark.slow
 def test_beats_random_search_and_its_own_starting_points() -> None:
     """At 64 evaluations without noise: in 15 of 20 seeds, and no worse than the best start in the mean."""
-    space, cost, _ = chain(10, 40)
+    space, cost, _ = chain(10, 40, 4)
     bounds = bound(0.5, cost)
     final, starts, random = [], [], []
     for seed in range(20):
@@ -484,7 +537,7 @@ def test_beats_random_search_and_its_own_starting_points() -> None:
 @pytest.mark.parametrize("latent", [False, True])
 def test_every_network_keeps_the_budget_and_fills_it(share: float, latent: bool) -> None:
     """20 seeds: all that are asked for fit; of those found or chosen, 90 % use 95 % of the budget."""
-    space, cost, _ = chain(10, 40)
+    space, cost, _ = chain(10, 40, 4)
     bounds = bound(share, cost)
     asked, found, chosen = [], [], []
     for seed in range(20):
