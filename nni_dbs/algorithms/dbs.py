@@ -253,8 +253,10 @@ class DBSSearch(Searcher):
         if isinstance(points, int):
             points = starting_points(space, bounds, points, self.generator)
         self.points = [space.decode(space.encode(widths)) for widths in points]
-        if not self.points or not all(map(bounds.fits, self.points)):
-            raise BudgetError("DBS needs starting points, and all of them inside of the budget")
+        if not self.points:
+            raise ConfigError("DBS needs starting points: give networks, or how many to draw")
+        if not all(map(bounds.fits, self.points)):
+            raise BudgetError("a starting point of DBS is over the budget")
         self.latent = latent
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
         if latent:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,7 @@ def _finally_trained(model: nn.Module, small: nn.Module, pruner: WidthPruner, ru
 
 def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume: bool) -> WidthPruner:
     config = run.config
+    _check_options(config.options, pruner_class)
     trains = pruner_class.trains_supernet
     recipe, name = (config.supernet, "supernet") if trains else (config.finetune, "calibrate")
     evaluator = run.evaluator(model, recipe, name, checkpoint=trains)
@@ -247,6 +249,19 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume
         )
     except TypeError as error:
         raise ConfigError(f"options of method {config.method!r}: {error}") from error
+
+
+def _check_options(options: Mapping[str, Any], pruner_class: type[WidthPruner]) -> None:
+    known = {
+        name
+        for ancestor in pruner_class.__mro__
+        for name, parameter in inspect.signature(ancestor).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    for name in options.keys() - known:
+        raise ConfigError(
+            f"options of method {pruner_class.method!r}: no option {name!r}{nearest(name, known)}"
+        )
 
 
 def _check_outputs(model: nn.Module, run: _Run) -> None:
