@@ -914,7 +914,7 @@ def test_decoder_and_budget_head(share: float) -> None:
     space, cost, _ = chain(10, 40, 4)
     bounds = bound(share, cost)
     pool = band(space, bounds, 1256)
-    predictor = TransformerPredictor(space, bounds)
+    predictor = TransformerPredictor(space, bounds, dim=64)
     predictor.fit(pool[:256], truth(space, pool[:256]))
     exact, noisy = reconstruction(predictor, 0.0), reconstruction(predictor, 0.1)
     error = budget_error(predictor, pool[256:], bounds)
