@@ -203,7 +203,7 @@ class EvolutionSearch(Searcher):
     """Mutation and crossover of the best networks, after a random generation.
 
     As MetaPruning and Once-for-All search, with projection in place of rejection. Needs no model of the
-    scores; takes about twice as many evaluations as a predictor to the same quality.
+    scores; good within a few dozen evaluations, then it improves slowly.
 
     Args:
         space, bounds, seed: See `Searcher`.

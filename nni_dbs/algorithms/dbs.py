@@ -28,6 +28,7 @@ from nni_dbs.projection import project_batch
 from nni_dbs.sampling import Step, draw_options, draw_paths, path_fair, sandwich, spfs, uniform
 from nni_dbs.search import Searcher
 from nni_dbs.space import Widths, WidthSpace
+from torch_pruning_adapters import WidthError, check_widths
 
 Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
 
@@ -252,11 +253,16 @@ class DBSSearch(Searcher):
         super().__init__(space, bounds, seed)
         if isinstance(points, int):
             points = starting_points(space, bounds, points, self.generator)
+        for widths in points:
+            check_widths(space.groups, widths)
         self.points = [space.decode(space.encode(widths)) for widths in points]
         if not self.points:
             raise ConfigError("DBS needs starting points: give networks, or how many to draw")
+        if not all(widths in space for widths in self.points):
+            raise WidthError("a starting point of DBS is not of the space; its widths must be choices")
         if not all(map(bounds.fits, self.points)):
             raise BudgetError("a starting point of DBS is over the budget")
+        self._points = set(self.points)
         self.latent = latent
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
         if latent:
@@ -327,6 +333,7 @@ class DBSSearch(Searcher):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.points = [Widths(widths) for widths in state["points"]]
+        self._points = set(self.points)
         self.predictor.load_state_dict(state["predictor"])
         self.fits = list(state["fits"])
         self.radius = state["radius"]
@@ -334,9 +341,9 @@ class DBSSearch(Searcher):
         self.held_out = state["held_out"]
 
     def _propose(self, n: int) -> Sequence[Widths]:
-        waiting = [w for w in self.points if w not in self._asked and w not in self.told]
+        waiting = [w for w in self.points if w not in self._asked and w not in self.told][:n]
         if waiting or len(self.told) < FEWEST or not self._has_choice:
-            return waiting[:n]
+            return waiting
         self.fit()
         starts, region = self._starts(), self._region()
         if self.latent:
@@ -370,7 +377,7 @@ class DBSSearch(Searcher):
         return torch.tensor([self.told[widths] for widths in networks], dtype=torch.float64)
 
     def _stage(self, widths: Widths) -> str:
-        return "points" if widths in self.points else f"round {len(self.fits)}"
+        return "points" if widths in self._points else f"round {len(self.fits)}"
 
     def _starts(self) -> Tensor:
         """Networks (S, G): those known that the predictor thinks best of, and random ones."""

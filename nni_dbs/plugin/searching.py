@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nni_dbs.algorithms.dbs import RULES, DBSSearch
-from nni_dbs.errors import ConfigError, ResultError
+from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score, train_supernet
 from nni_dbs.plugin.pruner import WidthPruner
 from nni_dbs.predict import TransformerPredictor
@@ -115,6 +115,10 @@ class SearchPruner(WidthPruner):
         if self.calibration_steps:
             recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
         found = score(self.evaluator, small)
+        if not math.isfinite(found):
+            raise TrainingError(
+                f"a network scored {found}: lower the learning rate of the supernet, or look at the evaluator"
+            )
         self._record(widths, found, searcher)
         return found
 

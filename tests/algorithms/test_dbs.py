@@ -19,6 +19,7 @@ from nni_dbs.predict import TransformerPredictor, budget_excess, kendall_tau, po
 from nni_dbs.projection import project_batch
 from nni_dbs.search import RandomSearch
 from tests.helpers import bound, chain, truth
+from torch_pruning_adapters import WidthError
 
 
 def score(space: WidthSpace, widths: Widths, seed: int = 0) -> float:
@@ -476,6 +477,15 @@ def test_points_over_the_budget_are_refused_at_once() -> None:
     space, cost, _ = chain(6, 16, 4)
     with pytest.raises(BudgetError):
         DBSSearch(space, bound(0.5, cost), points=[space.largest()])
+
+
+def test_points_that_are_not_of_the_space_are_refused_at_once() -> None:
+    space, cost, _ = chain(6, 16, 4)
+    name = space.names[0]
+    with pytest.raises(WidthError, match="not of the space"):
+        DBSSearch(space, bound(0.5, cost), points=[{**space.smallest(), name: 7}])
+    with pytest.raises(WidthError):
+        DBSSearch(space, bound(0.5, cost), points=[{**space.smallest(), "no such group": 4}])
 
 
 def test_a_space_without_choice_has_its_one_network() -> None:
