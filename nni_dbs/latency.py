@@ -31,11 +31,12 @@ from torch_pruning_adapters.graph import Inputs, call, tensors_in
 
 LEAST_SAMPLES = 8
 FOLDS = 6
+LONG: dict[str, Any] = {"turns": 9, "seconds": 0.2}  # a measurement that has to be right by itself
 COMMON = 3  # features of the model that are not penalised: constant, multiply-adds, parameters
 PENALTY = 0.001  # of what single layers and groups add to the common rates; chosen on held-out widths
 
 Pair = tuple[float, float]
-"""Milliseconds of a network, and of the reference network measured beside it."""
+"""Milliseconds of a network, and of another one measured beside it."""
 
 
 class LatencyCost:
@@ -49,6 +50,7 @@ class LatencyCost:
     Measured is the cut model in eval mode without gradients, after a warm-up, in turns with a reference
     network of half the widths. Its label is the median ratio of the two within a turn, times the
     reference's median over all networks: clocks that drift and neighbours that interfere hit both and cancel.
+    `measure` takes its time, and takes turns with the full network.
 
     The model is a constant, a rate for all multiply-adds and one for all parameters (memory traffic), and
     what each layer's multiply-adds and each group's channels take beyond that. Its coefficients are not
@@ -118,6 +120,7 @@ class LatencyCost:
             },
         )
         networks = spread(space, samples, seed)
+        full, beside = self._pair({}, **LONG)
         pairs = [
             self._pair(widths)
             for widths in tqdm(
@@ -125,7 +128,7 @@ class LatencyCost:
             )
         ]
         self._reference_ms = float(np.median([reference for _, reference in pairs]))
-        self.full = self.measure({})
+        self.full = full / beside * self._reference_ms
         features = [flops, params, *flops.layers().values(), *width_costs(self.groups).values()]
         self._fit(features, networks, np.array([ms / reference for ms, reference in pairs]))
 
@@ -147,22 +150,33 @@ class LatencyCost:
     def measure(self, widths: Mapping[str, int]) -> float:
         """Milliseconds of a network, measured now, or what the table has for these widths.
 
-        Missing groups at full width. A measurement does not change the fitted model.
+        At length and in turns with the full network, of whose `full` milliseconds it is a share: for networks
+        that are to be kept. Missing groups at full width. A measurement does not change the fitted model.
 
         Raises:
             WidthError: Unknown group, or a width that the group cannot take.
         """
-        ms, reference = self._pair(widths)
-        return ms / reference * self._reference_ms
-
-    def _pair(self, widths: Mapping[str, int]) -> Pair:
         check_widths(self.groups, widths)
         key = self._key(widths)
+        if key == self._key({}):
+            return self.full
+        if key not in self._table.chosen:
+            full, ms = self._turns(self._full, widths, **LONG)
+            self._table.add(self._table.chosen, key, (ms, full))
+        ms, full = self._table.chosen[key]
+        return ms / full * self.full
+
+    def _pair(self, widths: Mapping[str, int], **length: Any) -> Pair:
+        """Milliseconds of a network and of the reference, measured now or found in the table."""
+        key = self._key(widths)
         if key not in self._table.measured:
-            small = shrink(self._full, self.groups, widths, self._order)
-            reference, ms = medians_ms([self._reference, small], self._example_inputs, self._threads)
-            self._table.add(key, (ms, reference))
+            reference, ms = self._turns(self._reference, widths, **length)
+            self._table.add(self._table.measured, key, (ms, reference))
         return self._table.measured[key]
+
+    def _turns(self, beside: nn.Module, widths: Mapping[str, int], **length: Any) -> list[float]:
+        small = shrink(self._full, self.groups, widths, self._order)
+        return medians_ms([beside, small], self._example_inputs, self._threads, **length)
 
     def _key(self, widths: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(int(widths.get(g.name, g.size)) for g in self.groups)
@@ -317,33 +331,34 @@ def _conditions(model: nn.Module, example_inputs: Inputs, flops: FlopsCost) -> d
 
 
 class _Table:
-    """Measurements by widths, kept in a file where there is a path."""
+    """Measurements by widths, kept in a file where there is a path.
+
+    Attributes:
+        measured: Beside the reference network: the full network and those that the model is fitted to.
+        chosen: At length, beside the full network.
+    """
 
     def __init__(self, path: Path | None, conditions: dict[str, Any]) -> None:
         self.path = path
         self.conditions = conditions
         self.measured: dict[tuple[int, ...], Pair] = {}
+        self.chosen: dict[tuple[int, ...], Pair] = {}
         if path is not None and path.exists():
             self._read(path)
 
-    def add(self, widths: tuple[int, ...], pair: Pair) -> None:
-        self.measured[widths] = pair
+    def add(self, to: dict[tuple[int, ...], Pair], widths: tuple[int, ...], pair: Pair) -> None:
+        to[widths] = pair
         if self.path is not None:
             write(self.path, lambda path: path.write_text(self._text()))
 
     def _text(self) -> str:
         head = json.dumps(self.conditions, indent=1).removesuffix("\n}")
-        rows = (json.dumps([list(widths), *pair]) for widths, pair in self.measured.items())
-        lines = ",\n  ".join(rows)
-        return f'{head},\n "measured": [\n  {lines}\n ]\n}}\n'
+        return f'{head},\n "measured": {_rows(self.measured)},\n "chosen": {_rows(self.chosen)}\n}}\n'
 
     def _read(self, path: Path) -> None:
         try:
             found = json.loads(path.read_text())
-            rows = found.pop("measured")
-            self.measured = {tuple(widths): (float(ms), float(beside)) for widths, ms, beside in rows}
-            if not all(math.isfinite(t) and t > 0 for pair in self.measured.values() for t in pair):
-                raise ValueError("a time that is not positive")
+            self.measured, self.chosen = _pairs(found.pop("measured")), _pairs(found.pop("chosen"))
         except OSError as error:
             raise ResultError(f"cannot read {path}: {error.strerror or error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -356,6 +371,18 @@ class _Table:
                     f"{path} was measured with another {key} ({_brief(found.get(key))}, here "
                     f"{_brief(value)}); delete it or give another path"
                 )
+
+
+def _rows(pairs: Mapping[tuple[int, ...], Pair]) -> str:
+    lines = (json.dumps([list(widths), *pair]) for widths, pair in pairs.items())
+    return "[\n  " + ",\n  ".join(lines) + "\n ]"
+
+
+def _pairs(rows: Any) -> dict[tuple[int, ...], Pair]:
+    pairs = {tuple(widths): (float(ms), float(beside)) for widths, ms, beside in rows}
+    if not all(math.isfinite(t) and t > 0 for pair in pairs.values() for t in pair):
+        raise ValueError("a time that is not positive")
+    return pairs
 
 
 def _brief(value: Any) -> str:

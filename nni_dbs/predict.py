@@ -11,6 +11,7 @@ the whole space even a count of FLOPs ranks well.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from typing import Any, NamedTuple, Protocol
@@ -330,7 +331,7 @@ class TransformerPredictor:
         base = torch.zeros(out.shape, dtype=torch.float64)
         if self.trend is not None:
             for member, mask in enumerate(out):
-                base[member] = Trend().fit(x[~mask], y[~mask])(x)[0]
+                base[member] = Trend().fit(x[~mask], y[~mask], self.trend.kernel)(x)[0]
         if self.fits == 0 and self.bounds is not None:
             self._train_free(p.float())
         self._train(p.float(), y.float(), base.float(), out)
@@ -501,38 +502,63 @@ def posterior(x: Tensor, predicted: Tensor, scores: Tensor) -> Tensor:
 
 
 class Trend:
-    """Bayesian linear regression on x (N, L), its squares and products, in its kernel form.
+    """Bayesian regression on x (N, L): a quadratic plus a smooth function, as a Gaussian process.
 
-    One Gaussian prior on all weights of the standardised features; its ratio to the noise maximises the
-    evidence. Exact and quick for up to a few thousand networks, however many features there are.
+    Its kernel is that of one Gaussian prior on the weights of the standardised features x, their squares and
+    products, mixed with a Gaussian bell for what no quadratic expresses. Mixture, length of the bell and
+    ratio of noise to signal maximise the evidence: a few networks get the quadratic, hundreds both. Exact,
+    and quick for up to a few thousand networks, however many features there are.
+
+    Attributes:
+        kernel: Share of the bell, and its length in standard deviations of the columns.
     """
 
     RATIOS = torch.logspace(-6, 3, 46, dtype=torch.float64)  # noise to signal
+    KERNELS = ((0.0, 1.0), *itertools.product((0.5, 1.0), (1.0, 2.0, 4.0)))
 
-    def fit(self, x: Tensor, y: Tensor) -> Trend:
-        """Points x (N, L) float64, targets y (N,); returns itself."""
+    def fit(self, x: Tensor, y: Tensor, kernel: tuple[float, float] | None = None) -> Trend:
+        """Points x (N, L) float64, targets y (N,), the kernel (default: the best); returns itself."""
         features = _quadratic(x)
         self.shift, self.scale = features.mean(0), features.std(0, unbiased=False)
         self.scale[self.scale < 1e-9] = torch.inf  # a constant explains nothing
-        z = (features - self.shift) / self.scale  # (N, P)
-        values, vectors = torch.linalg.eigh(z @ z.T)  # (N,), (N, N)
-        values = values.clamp(min=0)
-        self.level = y.mean()
-        q = vectors.T @ (y - self.level)
-        spread = values / self.RATIOS.unsqueeze(1) + 1  # (R, N)
-        noise = (q**2 / spread).mean(1).clamp(min=1e-12)  # (R,)
-        best = (noise.log() + spread.log().mean(1)).argmin()
-        ratio = self.RATIOS[best]
-        self.weights = z.T @ (vectors @ (q / (values + ratio)))  # (P,)
-        self.signal = noise[best] / ratio
-        self.basis = z.T @ (vectors / (values + ratio).sqrt())  # (P, N)
+        self.known = self._standardised(x)  # (N, P)
+        self.inputs, self.level = x.shape[1], y.mean()
+        least = torch.inf
+        for candidate in self.KERNELS if kernel is None else [kernel]:
+            values, vectors = torch.linalg.eigh(self._kernel(self.known, candidate))  # (N,), (N, N)
+            values = values.clamp(min=0)
+            q = vectors.T @ (y - self.level)
+            spread = values / self.RATIOS.unsqueeze(1) + 1  # (R, N)
+            noise = (q**2 / spread).mean(1).clamp(min=1e-12)  # (R,)
+            surprise, best = (noise.log() + spread.log().mean(1)).min(0)
+            if surprise < least:
+                least, self.kernel, ratio = surprise, candidate, self.RATIOS[best]
+                self.weights = vectors @ (q / (values + ratio))  # (N,)
+                self.signal = noise[best] / ratio
+                self.basis = vectors / (values + ratio).sqrt()  # (N, N)
         return self
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and variance (N,) of the noiseless values at x (N, L); differentiable."""
-        z = (_quadratic(x) - self.shift) / self.scale
-        variance = self.signal * ((z * z).sum(1) - ((z @ self.basis) ** 2).sum(1))
-        return self.level + z @ self.weights, variance.clamp(min=0)
+        z = self._standardised(x)
+        share, _ = self.kernel
+        k = self._kernel(z, self.kernel)  # (N, known)
+        variance = (1 - share) * (z * z).mean(1) + share - ((k @ self.basis) ** 2).sum(1)
+        return self.level + k @ self.weights, (self.signal * variance).clamp(min=0)
+
+    def _standardised(self, x: Tensor) -> Tensor:
+        return (_quadratic(x) - self.shift) / self.scale
+
+    def _kernel(self, z: Tensor, kernel: tuple[float, float]) -> Tensor:
+        """Of standardised features z (N, P) and those known: (N, known)."""
+        share, length = kernel
+        quadratic = z @ self.known.T / z.shape[1]
+        if share == 0:
+            return quadratic
+        a, b = z[:, : self.inputs], self.known[:, : self.inputs]
+        varying = torch.isfinite(self.scale[: self.inputs]).sum().clamp(min=1)
+        squared = ((a * a).sum(1, keepdim=True) + (b * b).sum(1) - 2 * a @ b.T).clamp(min=0)
+        return (1 - share) * quadratic + share * torch.exp(-squared / (2 * varying * length**2))
 
 
 def _quadratic(x: Tensor) -> Tensor:

@@ -103,14 +103,14 @@ class Searcher(ABC):
         return self.ranked()[0]
 
     def ranked(self) -> list[Widths]:
-        """All networks that were told, the best first; those that leave budget unused come last.
+        """All networks that were told, the best first.
 
         Raises:
             TrainingError: Nothing was told.
         """
         if not self.told:
             raise TrainingError("no network was evaluated yet, so none can be chosen")
-        return sorted(self._by_quality(), key=self.leaves_room)
+        return self._by_quality()
 
     def _by_quality(self) -> list[Widths]:
         """All networks that were told, the best first: by their scores."""

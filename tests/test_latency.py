@@ -35,7 +35,7 @@ class Clock:
         self.left = calls
         self.count = 0
 
-    def __call__(self, models: Sequence[nn.Module], inputs: Any, threads: int) -> list[float]:
+    def __call__(self, models: Sequence[nn.Module], inputs: Any, threads: int, **length: Any) -> list[float]:
         if self.count >= self.left:
             raise KeyboardInterrupt
         self.count += 1
@@ -315,7 +315,7 @@ def test_a_prediction_never_falls_when_a_width_grows(data: st.DataObject) -> Non
     truth = iter(times)
     model, x, space = SPACES[name]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nni_dbs.latency, "medians_ms", lambda *_: [1.0, next(truth)])
+        patch.setattr(nni_dbs.latency, "medians_ms", lambda *_, **length: [1.0, next(truth)])
         cost = LatencyCost(model, x, space, samples=8, quiet=True)
     narrow = {n: data.draw(st.sampled_from(space.choices(n))) for n in space.names}
     wide = {n: data.draw(st.sampled_from([c for c in space.choices(n) if c >= narrow[n]])) for n in narrow}

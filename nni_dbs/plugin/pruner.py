@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ SELECTING_KEYS = (
 )
 RATIO_KEYS = ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")
 KEYS = (*SELECTING_KEYS, *RATIO_KEYS)
-_LATENCY_TRIES = 10
+LATENCY_TRIES = 10
+_HELD = 0.97  # of a latency budget: measured again, a network differs by a few percent
 
 
 class WidthPruner(Pruner):
@@ -135,8 +137,10 @@ class WidthPruner(Pruner):
         self.budget = parsed or self._budget_of_sparse_ratio(selected)
         if any(limit.kind == "latency_ms" for limit in self.budget.limits):
             self.latency = LatencyCost(model, inputs, self.space, table=latency_table, seed=seed, quiet=quiet)
-        self.bounds: Bounds = self.budget.bound(self.costs)
+        self.bounds = self.budget.bound(self.costs)
         self.bounds.check_reachable(self.space.smallest(), self.space.largest())
+        if self.latency is not None:
+            self.bounds = self._with_latency(_HELD * self.most_latency)
         self.example_inputs = inputs
         self.importance = importance
         self.seed = seed
@@ -272,20 +276,33 @@ class WidthPruner(Pruner):
 
     @property
     def most_latency(self) -> float:
-        """The budget's milliseconds."""
-        return next(most for limit, _, most in self.bounds.limits if limit.kind == "latency_ms")
+        """Milliseconds that a network may take when it is measured: the budget's, with a little to spare."""
+        return next(most for _, cost, most in self.bounds.limits if cost is self.latency)
+
+    def _with_latency(self, most: float) -> Bounds:
+        return Bounds(
+            tuple((lim, cost, most if cost is self.latency else own) for lim, cost, own in self.bounds.limits)
+        )
 
     def _measured_inside(self, widths: Widths) -> Widths:
         """The network, or one of its shape so much smaller that its measured latency keeps the budget."""
         assert self.latency is not None
-        bounds = self.bounds
-        for _ in range(_LATENCY_TRIES):
-            measured = self.latency.measure(widths)
-            if measured <= self.most_latency:
+        for _ in range(LATENCY_TRIES):
+            if self.latency.measure(widths) <= self.most_latency:
                 return widths
-            bounds = _tightened(bounds, self.most_latency / measured)
-            widths = project(widths, self.space, bounds)
-        raise BudgetError(
+            widths = project(widths, self.space, self._tightened([widths]))
+        raise self._too_slow()
+
+    def _tightened(self, networks: Sequence[Widths]) -> Bounds:
+        """The bounds at which networks that differ from their prediction as these keep the latency."""
+        assert self.latency is not None
+        slower = median(self.latency.measure(widths) / self.latency(widths) for widths in networks)
+        smaller = 0.99 * max(map(self.latency, networks))
+        return self._with_latency(min(self.most_latency / slower, smaller))
+
+    def _too_slow(self) -> BudgetError:
+        assert self.latency is not None
+        return BudgetError(
             f"no network of this shape keeps {self.budget} when it is measured: latencies differ from their "
             f"model by {self.latency.error:.0%} on average; measure on a quieter machine or raise the budget"
         )
@@ -358,16 +375,6 @@ class UniformPruner(WidthPruner):
     def _choose(self, model: nn.Module) -> Widths:
         with self._stage("search"):
             return project(self.space.largest(), self.space, self.bounds)
-
-
-def _tightened(bounds: Bounds, factor: float) -> Bounds:
-    """The bounds with `factor` of the latency, and a little less."""
-    return Bounds(
-        tuple(
-            (limit, cost, most * factor * 0.99 if limit.kind == "latency_ms" else most)
-            for limit, cost, most in bounds.limits
-        )
-    )
 
 
 def _wrappers(model: nn.Module) -> list[Any]:

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from nni_dbs.algorithms.dbs import RULES, DBSSearch
 from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score, train_supernet
-from nni_dbs.plugin.pruner import WidthPruner
+from nni_dbs.plugin.pruner import LATENCY_TRIES, WidthPruner
 from nni_dbs.predict import TransformerPredictor
+from nni_dbs.projection import project
 from nni_dbs.result import load_search
 from nni_dbs.search import RandomSearch, Searcher
 from nni_dbs.space import Widths
@@ -24,15 +25,17 @@ from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import shrink
 from torch_pruning_adapters.errors import nearest
 
-_MEASURED = 10  # of the best networks, at most
+_MEASURED = 10  # of the best networks, where latency is bounded
+_SMALLER = 4  # of these, where none keeps it
 
 
 class SearchPruner(WidthPruner):
     """What the pruners with a `Searcher` share: rounds of asking, evaluating and telling.
 
     Each network is cut out of the model, its BatchNorm statistics are estimated anew on the evaluator's
-    training data, and the evaluator's metric is its score. Where latency is bounded, the best networks are
-    measured, and the first that keeps the budget is chosen.
+    training data, and the evaluator's metric is its score. Chosen is the best one that uses 98 % of the
+    budget, or cannot grow. Where latency is bounded, the best are measured, and the first that keeps the
+    budget is chosen; if none does, smaller ones of their shapes are evaluated too.
 
     Args:
         evaluations: Networks to evaluate altogether; fewer if the budget has no more to offer.
@@ -73,7 +76,7 @@ class SearchPruner(WidthPruner):
         return self._search(model, searcher)
 
     def _search(self, model: nn.Module, searcher: Searcher) -> Widths:
-        """Rounds until enough networks are evaluated, and the searcher's choice."""
+        """Rounds until enough networks are evaluated, and the choice."""
         if self.evaluator is None:
             raise ConfigError(f"{type(self).__name__} needs an evaluator to score networks")
         known = self._logged()
@@ -86,28 +89,42 @@ class SearchPruner(WidthPruner):
                 if not asked:
                     break
                 for widths in asked:
-                    with self._stage("evaluate"):
-                        if widths not in known:
-                            known[widths] = self._evaluate(model, widths, searcher)
-                    searcher.tell(widths, known[widths])
+                    self._tell(searcher, widths, model, known)
                     bar.update()
                 bar.set_postfix(best=f"{max(searcher.told.values()):.2f}")
-        self.counts["evaluations"] = len(searcher.told)
         with self._stage("search"):
-            return self._best(searcher)
+            ranked = sorted(searcher.ranked(), key=searcher.leaves_room)
+        chosen = ranked[0] if self.latency is None else self._in_time(ranked, searcher, model, known)
+        self.counts["evaluations"] = len(searcher.told)
+        return chosen
 
-    def _best(self, searcher: Searcher) -> Widths:
-        """The searcher's choice; where latency is bounded, the first that keeps it when it is measured.
+    def _in_time(
+        self, ranked: list[Widths], searcher: Searcher, model: nn.Module, known: dict[Widths, float]
+    ) -> Widths:
+        """The first that keeps the latency when it is measured; where none does, the best smaller one."""
+        assert self.latency is not None
+        best = [widths for widths in ranked[:_MEASURED] if not searcher.leaves_room(widths)] or ranked[:1]
+        for _ in range(LATENCY_TRIES):
+            with self._stage("measure"):
+                for widths in best:
+                    if self.latency.measure(widths) <= self.most_latency:
+                        return widths
+            bounds = self._tightened(best)
+            smaller = dict.fromkeys(project(widths, self.space, bounds) for widths in best[:_SMALLER])
+            for widths in smaller:
+                self._tell(searcher, widths, model, known)
+            with self._stage("search"):
+                best = [widths for widths in searcher.ranked() if widths in smaller]
+        raise self._too_slow()
 
-        Where none does of those that fill the budget, the best one, to be made smaller.
-        """
-        ranked = searcher.ranked()
-        if self.latency is not None:
-            filling = [widths for widths in ranked[:_MEASURED] if not searcher.leaves_room(widths)]
-            for widths in filling:
-                if self.latency.measure(widths) <= self.most_latency:
-                    return widths
-        return ranked[0]
+    def _tell(
+        self, searcher: Searcher, widths: Widths, model: nn.Module, known: dict[Widths, float]
+    ) -> None:
+        """Tells the searcher what a network scores: evaluated now, or in the interrupted run."""
+        with self._stage("evaluate"):
+            if widths not in known:
+                known[widths] = self._evaluate(model, widths, searcher)
+        searcher.tell(widths, known[widths])
 
     def _evaluate(self, model: nn.Module, widths: Widths, searcher: Searcher) -> float:
         assert self.evaluator is not None
