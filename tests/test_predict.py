@@ -186,37 +186,38 @@ def test_a_space_without_choice_has_one_point() -> None:
 # --- trend -------------------------------------------------------------------------------------------
 
 
-def features_by_hand(x: Tensor) -> Tensor:
-    """x (N, L), then x_i x_j for i <= j."""
-    pairs = itertools.combinations_with_replacement(range(x.shape[1]), 2)
-    return torch.stack([*x.T, *(x[:, i] * x[:, j] for i, j in pairs)], 1)
-
-
-def regression_by_hand(x: Tensor, y: Tensor, new: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Posterior mean and variance at new points and the number of the ratio, with explicit weights."""
-    features, at_new = features_by_hand(x), features_by_hand(new)
-    mean, std = features.mean(0), features.std(0, unbiased=False)
-    varies = std > 1e-9
-    z, z_new = (((f - mean) / std)[:, varies] for f in (features, at_new))
+def regression_by_hand(x: Tensor, y: Tensor, new: Tensor) -> tuple[Tensor, Tensor, tuple[float, int]]:
+    """Posterior mean and variance at new points, and the length and number of the ratio, by solving."""
     n, centred = len(y), y - y.mean()
-    evidence = []
-    for ratio in Trend.RATIOS:
-        shape = torch.eye(n, dtype=torch.float64) + z @ z.T / ratio  # covariance of y over the noise
-        noise = centred @ torch.linalg.solve(shape, centred) / n
-        evidence.append(float(-0.5 * (n * math.log(2 * math.pi * noise) + torch.logdet(shape) + n)))
-    best = max(range(len(evidence)), key=evidence.__getitem__)
-    ratio = Trend.RATIOS[best]
-    shape = torch.eye(n, dtype=torch.float64) + z @ z.T / ratio
-    signal = centred @ torch.linalg.solve(shape, centred) / n / ratio
-    precision = z.T @ z + ratio * torch.eye(z.shape[1], dtype=torch.float64)
-    predicted = y.mean() + z_new @ torch.linalg.solve(precision, z.T @ centred)
-    variance = signal * ratio * (z_new * torch.linalg.solve(precision, z_new.T).T).sum(1)
+    mean, std = x.mean(0), x.std(0, unbiased=False)
+    z, z_new = (((t - mean) / std)[:, std > 1e-9] for t in (x, new))
+    eye = torch.eye(n, dtype=torch.float64)
+
+    def kernel(a: Tensor, b: Tensor, length: float) -> Tensor:
+        apart = ((a.unsqueeze(1) - b) ** 2).mean(2)
+        return torch.exp(-0.5 * apart / length**2)
+
+    evidence = {}
+    for length in Trend.LENGTHS:
+        for number, ratio in enumerate(Trend.RATIOS):
+            shape = eye + kernel(z, z, length) / ratio  # covariance of y over the noise
+            noise = centred @ torch.linalg.solve(shape, centred) / n
+            evidence[length, number] = float(
+                -0.5 * (n * math.log(2 * math.pi * noise) + torch.logdet(shape) + n)
+            )
+    length, number = best = max(evidence, key=evidence.__getitem__)
+    ratio = Trend.RATIOS[number]
+    shape = kernel(z, z, length) + ratio * eye
+    signal = centred @ torch.linalg.solve(shape, centred) / n
+    k = kernel(z_new, z, length)
+    predicted = y.mean() + k @ torch.linalg.solve(shape, centred)
+    variance = signal * (1 - (k * torch.linalg.solve(shape, k.T).T).sum(1))
     return predicted, variance, best
 
 
 @pytest.mark.parametrize("n", [6, 30])
 @pytest.mark.parametrize("noise", [0.1, 1.0, 10.0])
-def test_trend_is_the_bayesian_regression_of_greatest_evidence(n: int, noise: float) -> None:
+def test_trend_is_the_gaussian_process_of_greatest_evidence(n: int, noise: float) -> None:
     x, new = torch.randn(n, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     y = 2 + x[:, 0] - 0.5 * x[:, 1] * x[:, 2] + noise * torch.randn(n, dtype=torch.float64)
     mean, variance, _ = regression_by_hand(x, y, new)
@@ -230,18 +231,22 @@ def test_trend_trusts_data_less_the_noisier_they_are() -> None:
     x = torch.randn(30, 3, dtype=torch.float64)
     noises = torch.randn(30, dtype=torch.float64)
     chosen = [
-        regression_by_hand(x, x.sum(1) + noise * noises, x)[2] for noise in (1e-4, 1e-2, 1e-1, 1.0, 10.0)
+        regression_by_hand(x, x.sum(1) + noise * noises, x)[2][1] for noise in (1e-4, 1e-2, 1e-1, 1.0, 10.0)
     ]
-    assert chosen == sorted(chosen) and len(set(chosen)) == 5
+    assert chosen == sorted(chosen) and len(set(chosen)) >= 4
 
 
-def test_trend_recovers_a_quadratic() -> None:
-    x, new = torch.randn(60, 4, dtype=torch.float64), torch.randn(20, 4, dtype=torch.float64)
-    weights = torch.randn(14, dtype=torch.float64)
-    trend = Trend().fit(x, 3 + features_by_hand(x) @ weights)
-    mean, variance = trend(new)
-    torch.testing.assert_close(mean, 3 + features_by_hand(new) @ weights, rtol=0, atol=1e-5)
-    assert variance.max() < 1e-5
+def test_trend_takes_short_kernels_for_rough_functions() -> None:
+    x = torch.randn(60, 2, dtype=torch.float64)
+    assert Trend().fit(x, x.sum(1)).length == max(Trend.LENGTHS)
+    assert Trend().fit(x, (3 * x).sin().sum(1)).length == min(Trend.LENGTHS)
+
+
+def test_trend_recovers_a_smooth_function() -> None:
+    x, new = (torch.rand(n, 3, dtype=torch.float64) for n in (100, 20))
+    mean, variance = Trend().fit(x, 3 + x.exp().prod(1))(new)
+    torch.testing.assert_close(mean, 3 + new.exp().prod(1), rtol=0, atol=0.02)
+    assert variance.max() < 1e-3
 
 
 def test_a_column_of_zeros_changes_nothing_in_the_trend() -> None:
