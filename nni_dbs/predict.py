@@ -332,8 +332,10 @@ class TransformerPredictor:
             for member, mask in enumerate(out):
                 base[member] = Trend().fit(x[~mask], y[~mask])(x)[0]
         if self.fits == 0 and self.bounds is not None:
-            self._train_free(p.float())
+            self._train_free(p.float(), list(self.network.parameters()), self.FREE_STEPS)
         self._train(p.float(), y.float(), base.float(), out)
+        if self.bounds is not None:  # on the features as they are now
+            self._train_free(p.float(), self.network.free_parameters(), self.FREE_STEPS // 4)
         with torch.no_grad():
             members = base + self.network.accuracy(self.network(p.float()))
         self.fits += 1
@@ -415,15 +417,15 @@ class TransformerPredictor:
             for parameter in self.network.head2.values():
                 nn.init.zeros_(parameter)
 
-    def _train_free(self, p: Tensor) -> None:
-        """Trains budget head and decoder, and the encoder for them, on random networks and on p (N, L, K)."""
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.FREE_STEPS, self.lr / 20)
-        for _ in range(self.FREE_STEPS):
+    def _train_free(self, p: Tensor, parameters: list[nn.Parameter], steps: int) -> None:
+        """Trains parameters for the budget head and the decoder, on random networks and on p (N, L, K)."""
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, self.lr / 20)
+        for _ in range(steps):
             chosen = torch.randperm(len(p), generator=self.generator)[: self.BATCH // 2]
             loss = self._free_loss(p[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward(inputs=parameters)
             optimizer.step()
             schedule.step()
 
@@ -623,6 +625,11 @@ class Encoder(nn.Module):
     def budget(self, h: Tensor) -> Tensor:
         """Features (E, N, L, dim) -> `budget_excess` (E, N, I)."""
         return _linear(self.budget2, F.gelu(_linear(self.budget1, h.mean(2))))
+
+    def free_parameters(self) -> list[nn.Parameter]:
+        """Those of the budget head and the decoder alone."""
+        heads = (self.budget1, self.budget2, self.decode1, self.decode2)
+        return [parameter for head in heads for parameter in head.values()]
 
     def decode(self, h: Tensor) -> Tensor:
         """Features (E, ..., L, dim) -> logits (E, ..., L, K) of the options, -inf for missing ones."""

@@ -213,20 +213,21 @@ class SearcherContract:
     def test_a_score_that_is_told_again_replaces_the_first(self) -> None:
         searcher = self.make(*within(net(), 0.5))
         ((*networks,),) = played(searcher, 1, 12)
-        filling = [score(w) for w in networks if not searcher.leaves_room(w)]
-        assert score(searcher.best()) == max(filling)
+        assert score(searcher.best()) == max(map(score, networks))
         for widths in networks:
             searcher.tell(widths, -score(widths))
-        assert score(searcher.best()) == min(filling)
+        assert score(searcher.best()) == min(map(score, networks))
 
-    def test_a_network_that_leaves_budget_unused_comes_last(self) -> None:
+    def test_room_is_what_a_group_could_still_use(self) -> None:
         space, bounds = within(net(), 0.5)
         searcher = self.make(space, bounds)
-        searcher.tell(space.smallest(), 100.0)
+        assert searcher.leaves_room(space.smallest())
         for widths in searcher.ask(6):
-            searcher.tell(widths, score(widths))
-        assert searcher.best() != space.smallest()
-        assert space.smallest() in searcher.ranked()
+            grown = (
+                {**widths, name: w} for name in space.names for w in space.choices(name) if w > widths[name]
+            )
+            grows = any(bounds.fits(larger) for larger in grown)
+            assert searcher.leaves_room(widths) == (grows and bounds.used(widths) < 0.98)
 
     def test_all_that_was_told_is_ranked(self) -> None:
         searcher = self.make(*within(net(), 0.5))

@@ -10,7 +10,8 @@ to the best network inside of the budget, in points of accuracy; the raw gap, by
 (the best of thousands of raw means is a lucky draw). Intervals are 95 % bootstrap intervals over the runs;
 differences to DBS are paired by budget and seed.
 
-A second table says how well each predictor ranks networks of the budget's band that it has not seen.
+A second table says how well each predictor ranks networks of the budget's band that it has not seen; one
+that says the same of all ranks with a tau of 0.
 """
 
 from __future__ import annotations
@@ -334,15 +335,16 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], list[Row], dict[str, A
     for predictor in PREDICTORS:
         for size in sizes:
             found = [t for t in taus if t["predictor"] == predictor and t["size"] == size]
-            low, high = interval(np.nan_to_num([t["tau"] for t in found]))
+            smooth, raw = (np.nan_to_num([t[key] for t in found]) for key in ("tau", "tau_raw"))
+            low, high = interval(smooth)
             tau_rows.append(
                 {
                     "predictor": predictor,
                     "networks": size,
-                    "tau": float(np.nanmean([t["tau"] for t in found])),
+                    "tau": float(smooth.mean()),
                     "low": low,
                     "high": high,
-                    "tau, raw": float(np.nanmean([t["tau_raw"] for t in found])),
+                    "tau, raw": float(raw.mean()),
                 }
             )
     seconds = {m: round(float(np.mean([r["seconds"] for r in runs if r["method"] == m])), 2) for m in METHODS}

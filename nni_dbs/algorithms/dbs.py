@@ -13,6 +13,7 @@ the final choice.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ def relaxed_search(
     steps: int = 60,
     lr: float = 0.2,
     every: int = 5,
-    optimism: float = 1.0,
+    optimism: float = 0.0,
     penalty: float = 5.0,
     region: TrustRegion | None = None,
 ) -> Tensor:
@@ -267,7 +268,6 @@ class DBSSearch(Searcher):
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)
         if latent:
             _check_decoder(self.predictor)
-        self._has_choice = self.predictor.options.shape[0] > 0
         self.starts = starts
         self.fresh = fresh
         self.optimism = optimism
@@ -279,16 +279,25 @@ class DBSSearch(Searcher):
     def _by_quality(self) -> list[Widths]:
         """All networks that were told, by the `posterior` of predictions and measurements."""
         known = super()._by_quality()
-        if len(known) < FEWEST or not self._has_choice:
+        if not self._can_fit():
             return known
-        self.fit()
+        predictor = self.predictor
+        if self._fitted != self.told:  # to look changes nothing
+            predictor = copy.deepcopy(predictor)
+            predictor.fit(self._encoded(self.told), self._scores(self.told))
         encoded, scores = self._encoded(known), self._scores(known)
-        worth = posterior(self._features(encoded), self.predictor.predict(encoded).mean, scores)
+        worth = posterior(self._features(encoded), predictor.predict(encoded).mean, scores)
         return [known[i] for i in worth.argsort(descending=True, stable=True)]
 
+    def _can_fit(self) -> bool:
+        return len(self.told) >= FEWEST and self.predictor.options.shape[0] > 0
+
     def fit(self) -> None:
-        """Fits the predictor to all that was told, unless it is."""
-        if self._fitted == self.told:
+        """Fits the predictor to all that was told, unless it is, or fewer than 4 networks are known.
+
+        Ends a round: `ask` does it by itself; call it after the last one for `fits` and `held_out`.
+        """
+        if self._fitted == self.told or not self._can_fit():
             return
         self.radius = self._trusted_radius()
         self._fitted = dict(self.told)
@@ -342,14 +351,14 @@ class DBSSearch(Searcher):
 
     def _propose(self, n: int) -> Sequence[Widths]:
         waiting = [w for w in self.points if w not in self._asked and w not in self.told][:n]
-        if waiting or len(self.told) < FEWEST or not self._has_choice:
+        if waiting or not self._can_fit():
             return waiting
         self.fit()
         starts, region = self._starts(), self._region()
         if self.latent:
             found = latent_search(self.predictor, starts, self.bounds)
         else:
-            found = relaxed_search(self.predictor, starts, self.bounds, optimism=0.0, region=region)
+            found = relaxed_search(self.predictor, starts, self.bounds, region=region)
         found = project_batch(found, self.space, self.bounds).unique(dim=0)
         for _ in range(_POLISH):
             around = self._around(self._promising(found, region)[:_AROUND])

@@ -315,6 +315,8 @@ class DBSPruner(SearchPruner):
         with self._stage("supernet"):
             self._train(model, searcher.points)
         widths = self._search(model, searcher)
+        with self._stage("search"):
+            searcher.fit()
         self.counts["fits"] = len(searcher.fits)
         self._searched = searcher
         return widths

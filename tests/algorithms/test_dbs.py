@@ -173,7 +173,7 @@ def test_gradient_finds_what_enumeration_finds(latent: bool) -> None:
         if latent:
             found = latent_search(predictor, known[:8], bounds)
         else:
-            found = relaxed_search(predictor, known[:8], bounds, optimism=0.0)
+            found = relaxed_search(predictor, known[:8], bounds)
         hits.append(rank(predictor, project_batch(found, space, bounds), networks))
     print("shares predicted better:", [round(hit, 3) for hit in hits])
     assert sum(hit <= 0.02 for hit in hits) >= 9
@@ -272,15 +272,15 @@ def test_asks_for_the_points_and_then_for_new_networks_inside_the_budget(latent:
     assert [fit["evaluations"] for fit in search.fits] == [8, 12]
     ranked = search.ranked()
     assert set(ranked) == set(asked) and search.best() == ranked[0]
+    search.fit()
+    assert search.ranked() == ranked
     held_out, measured, band = search.held_out
     options = search.predictor.options
     networks = torch.stack([space.encode(w) for w in ranked])
     predicted = search.predictor.predict(networks).mean
     scores = torch.tensor([search.told[w] for w in ranked], dtype=torch.float64)
     worth = posterior(options.log_ratio(options.encode(networks)), predicted, scores)
-    filling = sum(not search.leaves_room(w) for w in ranked)
-    assert not any(search.leaves_room(w) for w in ranked[:filling])
-    assert worth[:filling].diff().max() <= 1e-4
+    assert worth.diff().max() <= 1e-4
     assert measured.tolist() == [score(space, w) for w in asked]
     assert band.tolist() == [bounds.used(w) >= 0.8 for w in asked]
     assert search.fits[-1]["evaluations"] == 16
@@ -401,20 +401,22 @@ def test_fits_without_networks_in_the_band() -> None:
     assert search.fits[-1]["tau_in_band"] != search.fits[-1]["tau_in_band"]
 
 
-def test_a_lucky_measurement_is_not_chosen() -> None:
+def test_noise_misleads_the_choice_less_than_the_best_measurement() -> None:
     space, cost, _ = chain(6, 16, 4)
     bounds = bound(0.5, cost)
-    search = quick(space, bounds)
     networks = project_batch(near(space, bounds, 80), space, bounds).unique(dim=0)
-    order = truth(space, networks).argsort()
-    for row in order.tolist():
-        widths = space.decode(networks[row])
-        search.tell(widths, score(space, widths))
-    bad, top = (space.decode(networks[int(order[i])]) for i in (5, -1))
-    search.tell(bad, score(space, top) + 0.1)
-    assert max(search.told, key=search.told.__getitem__) == bad
-    assert search.best() != bad
-    assert score(space, search.best()) > float(truth(space, networks).quantile(0.8))
+    real = truth(space, networks)
+    chosen, luckiest = [], []
+    for seed in range(10):
+        search = quick(space, bounds, seed)
+        noise = torch.randn(len(networks), generator=torch.Generator().manual_seed(seed))
+        for row, score_ in zip(networks, (real + 0.5 * real.std() * noise).tolist(), strict=True):
+            search.tell(space.decode(row), score_)
+        chosen.append(score(space, search.best()))
+        luckiest.append(score(space, max(search.told, key=search.told.__getitem__)))
+    print(f"chosen {sum(chosen) / 10:.3f}, luckiest {sum(luckiest) / 10:.3f}, best {real.max():.3f}")
+    assert sum(chosen) > sum(luckiest)
+    assert float(real.max()) - sum(chosen) / 10 < 0.5 * (float(real.max()) - sum(luckiest) / 10)
 
 
 def test_own_points_are_asked_for_first_and_few_are_enough() -> None:
