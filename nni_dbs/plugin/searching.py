@@ -117,9 +117,7 @@ class SearchPruner(WidthPruner):
                 best = [widths for widths in searcher.ranked() if widths in smaller]
         raise self._too_slow()
 
-    def _tell(
-        self, searcher: Searcher, widths: Widths, model: nn.Module, known: dict[Widths, float]
-    ) -> None:
+    def _tell(self, searcher: Searcher, widths: Widths, model: nn.Module, known: dict[Widths, float]) -> None:
         """Tells the searcher what a network scores: evaluated now, or in the interrupted run."""
         with self._stage("evaluate"):
             if widths not in known:
