@@ -166,6 +166,11 @@ class LatencyCost:
         ms, full = self._table.chosen[key]
         return ms / full * self.full
 
+    @property
+    def measurements(self) -> int:
+        """How many networks were measured so far, those of earlier runs in the table included."""
+        return len(self._table.measured) + len(self._table.chosen)
+
     def _pair(self, widths: Mapping[str, int], **length: Any) -> Pair:
         """Milliseconds of a network and of the reference, measured now or found in the table."""
         key = self._key(widths)

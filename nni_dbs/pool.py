@@ -121,9 +121,8 @@ def starting_points(
     uniform = project_batch(space.encode(space.largest()).unsqueeze(0), space, bounds)
     chances = tilted(space, bounds)
     pool = _distinct(uniform, n, space, bounds, chances, generator)
-    if len(pool) == n:
-        _represent(pool, space, bounds, math.ceil(represented * n), generator)
-        pool = _distinct(pool, n, space, bounds, chances, generator)
+    _represent(pool, space, bounds, math.ceil(represented * len(pool)), generator)
+    pool = _distinct(pool, n, space, bounds, chances, generator)
     return [space.decode(row) for row in pool]
 
 

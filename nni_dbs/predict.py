@@ -67,8 +67,10 @@ def kendall_tau(predicted: Tensor, measured: Tensor) -> float:
     return float(kendalltau(predicted.numpy(), measured.numpy()).statistic)
 
 
-def check_data(widths: Tensor, scores: Tensor) -> None:
-    """Raises `TrainingError` unless there are enough finite scores, one for each network."""
+def check_data(options: Options, widths: Tensor, scores: Tensor) -> None:
+    """Raises `TrainingError` unless there is a choice, and enough finite scores, one for each network."""
+    if not len(options.columns):
+        raise TrainingError("no group of the space has a choice, so there is nothing to predict")
     if len(widths) != len(scores):
         raise TrainingError(f"{len(widths)} networks but {len(scores)} scores")
     if len(scores) < FEWEST:
@@ -165,7 +167,7 @@ class ScikitPredictor:
         self._data: tuple[Tensor, Tensor] | None = None
 
     def fit(self, widths: Tensor, scores: Tensor) -> Tensor:
-        check_data(widths, scores)
+        check_data(self.options, widths, scores)
         self._data = widths, scores
         x, y = self._features(widths), scores.to(torch.float64).numpy()
         self._mean, self._scale = y.mean(), y.std()
@@ -323,7 +325,7 @@ class TransformerPredictor:
         self._known: tuple[Tensor, Tensor] | None = None
 
     def fit(self, widths: Tensor, scores: Tensor) -> Tensor:
-        check_data(widths, scores)
+        check_data(self.options, widths, scores)
         p, y, x = self._read(widths, scores)
         held_by = torch.arange(len(y)) % self.members  # (N,) never changes, so that no member learns its fold
         out = held_by == torch.arange(self.members).unsqueeze(1)  # (E, N)
@@ -576,7 +578,7 @@ class Encoder(nn.Module):
             return nn.ParameterDict({"weight": nn.Parameter(ones), "bias": nn.Parameter(zeros)})
 
         groups, count = options.shape
-        self.heads = max(dim // 16, 1)
+        self.heads = dim // 16
         features = torch.stack([options.widths / options.size, (1 + options.widths).log()], 2)
         self.features = features.float().reshape(1, -1, 2)  # (1, L * K, 2)
         self.group = normal(groups, 1, dim, std=0.3)

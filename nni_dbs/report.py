@@ -19,6 +19,7 @@ from nni_dbs.space import Widths
 from torch_pruning_adapters import ChannelGroup
 
 SCORE = "validation accuracy (%)"
+UNITS = {"flops": "FLOPs", "params": "parameters", "latency_ms": "ms"}
 
 
 @dataclass
@@ -83,9 +84,10 @@ def _search_pictures(out: Path, result: Result) -> list[Path]:
             unit=SCORE,
             title=f"The search of {result.method}",
         )
-        cost = [line["flops"] for line in lines]
+        kind, budget = next(iter(result.limits.items()), ("flops", None))
+        cost = [line[kind] for line in lines]
         front = pareto_front(cost, scores)
-        figures["front"] = plot_front(cost, scores, front, chosen, score_unit=SCORE)
+        figures["front"] = plot_front(cost, scores, front, chosen, UNITS[kind], budget, score_unit=SCORE)
     if result.held_out and result.held_out["measured"]:
         figures["predictions"] = plot_predictions(
             result.held_out["predicted"],

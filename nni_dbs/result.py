@@ -46,8 +46,9 @@ class Result:
             bounds them, and `latency_error`, the mean relative error of the model that predicted them.
         evaluations: Number of sub-networks that were evaluated.
         counts: Of each stage: starting points, training steps of the supernet, fits of the predictor, ...
+        limits: The most that each kind of cost might be, by kind.
         fits: Of each fit of a predictor: evaluations, held-out Kendall tau, and that in the budget's band
-            (None where it is not defined).
+            (None where it is not defined), and the radius of the trust region.
         held_out: Predicted and measured scores of the last fit, and which are in the band.
         seconds: Wall time of each stage.
         device: Where it ran.
@@ -67,9 +68,10 @@ class Result:
     full_latency_ms: float | None = None
     latency_error: float | None = None
     evaluations: int = 0
+    limits: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     fits: list[dict[str, float | None]] = field(default_factory=list)
-    held_out: dict[str, list[float]] = field(default_factory=dict)
+    held_out: dict[str, list[float] | list[bool]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=lambda: package_versions())

@@ -85,7 +85,9 @@ def test_searches_on_the_external_table(tmp_path: Path, monkeypatch: pytest.Monk
     record = json.loads(out.read_text())
     assert [row["method"] for row in record["rows"]] == list(bench.METHODS)
     assert {row["predictor"] for row in record["settings"]["tau"]} == set(bench.PREDICTORS)
-    assert all(0 <= row["gap"] < 2 for row in record["rows"])
+    table = bench.Table(bench.table_path())
+    inside = table.truth[table.band(table.bounds(bench.SHARES[0]), 0.0)]
+    assert all(0 <= row["gap"] < float(inside.max() - inside.mean()) for row in record["rows"])
 
 
 def test_the_external_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,7 @@ def row(method: Callable[[nn.Module, Tensor, int], WidthPruner], seed: int, size
     full_ms, small_ms = medians_ms([model.eval(), small], image, turns=9, seconds=0.2)
     assert result.latency_ms is not None and result.full_latency_ms is not None
     return {
+        "model": MODEL,
         "method": method.__name__,
         "seed": seed,
         "full_ms": full_ms,

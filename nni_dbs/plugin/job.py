@@ -127,7 +127,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         ResultError: `out` holds another run and `resume` is not set, or the reloaded model differs.
     """
     pruner_class = method(config.method)
-    if not resume and ((out / "checkpoint").exists() or (out / "result.json").exists()):
+    if not resume and any((out / name).exists() for name in ("checkpoint", "search.jsonl", "result.json")):
         raise ResultError(f"{out} holds a run already; continue it with --resume or choose another --out")
     if resume:
         _check_same_run(config, out)
@@ -137,6 +137,8 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
     model = build_model(config.model, config.arguments).to(device)
     with run.stage("check"):  # before the training, what could not be pruned after it
         _check_outputs(model, run)
+        if config.final == "scratch":
+            reinitialise(copy.deepcopy(model), config.seed)
         _pruner(pruner_class, copy.deepcopy(model), run, resume)
     write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
     with run.stage("train"):
@@ -216,7 +218,7 @@ def resolve_device(name: str) -> torch.device:
 def _finally_trained(model: nn.Module, small: nn.Module, pruner: WidthPruner, run: _Run) -> nn.Module:
     """The pruned model after its final training, as the configuration has it."""
     recipe = run.config.finetune
-    if run.config.final == "distill":
+    if run.config.final == "distill" and recipe.epochs > 0:
         pair = Slimmable(model, pruner.space.groups, pruner.widths, pruner.order)
         run.train(pair, recipe, "finetune", distilling_step(recipe.label_smoothing))
         return pair.small()

@@ -87,8 +87,8 @@ class WidthPruner(Pruner):
         seed: Of everything random.
         quiet: No progress bars.
         log: A file that gets one JSON line for each network that a search evaluates, at once.
-        resume: Take the scores that `log` has instead of evaluating these networks again. Otherwise
-            `compress` begins it anew.
+        resume: Take the scores that `log` has instead of evaluating these networks again (give the same
+            model and settings as then; it does not say which). Otherwise `compress` begins it anew.
         latency_table: Where measured latencies are kept and found again, see `LatencyCost`; for budgets that
             bound `latency_ms`, which is that of one sample on the model's device.
 
@@ -134,9 +134,14 @@ class WidthPruner(Pruner):
         self.space = _bounded(WidthSpace(groups, min_ratio, divisor), selected)
         self.flops, self.params = FlopsCost(model, inputs, groups), ParamsCost(model, groups)
         self.latency: LatencyCost | None = None
+        self.seconds: dict[str, float] = {}
         self.budget = parsed or self._budget_of_sparse_ratio(selected)
         if any(limit.kind == "latency_ms" for limit in self.budget.limits):
-            self.latency = LatencyCost(model, inputs, self.space, table=latency_table, seed=seed, quiet=quiet)
+            with self._stage("latency model"):
+                self.latency = LatencyCost(
+                    model, inputs, self.space, table=latency_table, seed=seed, quiet=quiet
+                )
+        self._seconds_before = self.seconds
         self.bounds = self.budget.bound(self.costs)
         self.bounds.check_reachable(self.space.smallest(), self.space.largest())
         if self.latency is not None:
@@ -245,7 +250,7 @@ class WidthPruner(Pruner):
             self._compress()
 
     def _compress(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds = dict(self._seconds_before)
         self.counts: dict[str, int] = {}
         with self._plain_model() as model:
             self.order = channel_order(model, self.space.groups, self.importance)
@@ -254,6 +259,7 @@ class WidthPruner(Pruner):
         if self.latency is not None:
             with self._stage("measure"):
                 widths = self._measured_inside(widths)
+            self.counts["networks timed"] = self.latency.measurements
         self._result = Result(
             method=self.method,
             seed=self.seed,
@@ -263,6 +269,7 @@ class WidthPruner(Pruner):
             full_flops=self.flops.full,
             params=self.params(widths),
             full_params=self.params.full,
+            limits={limit.kind: most for limit, _, most in self.bounds.limits},
             evaluations=self.counts.get("evaluations", 0),
             counts=self.counts,
             seconds=self.seconds,

@@ -229,8 +229,9 @@ class DBSPruner(SearchPruner):
         points: Starting points; about a thousand at ImageNet's scale.
         evaluations: Networks to evaluate altogether, the starting points included.
         per_round: Networks of a round after them.
-        rule: Training rule of the supernet: spfs, spfs_options, path_fair, sandwich or uniform.
-        per_step: Paths of a step of the fair rules.
+        rule: Training rule of the supernet: spfs or path_fair train the starting points; spfs_options,
+            sandwich and uniform networks of the whole space.
+        per_step: Paths of a step, beside the largest and the smallest network; at most all points.
         latent: Search on latent features with a decoder, in place of relaxed widths.
         dim: Of the predictor's tokens.
         calibration_steps: See `SearchPruner`.
