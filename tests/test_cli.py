@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import nni_dbs.latency
 from nni_dbs import load_pruned
 from nni_dbs.cli import main
 from nni_dbs.plugin import job
@@ -202,6 +204,55 @@ def test_dbs_from_the_shell(searched: Path) -> None:
     assert result["widths"] in [line["widths"] for line in lines]
 
 
+def test_a_search_without_a_checkpoint_is_not_thrown_away(
+    searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    log = shutil.copy(searched / "search.jsonl", out)
+    config = str(searched.parent / "config.yaml")
+    assert "--resume" in _fails(["prune", config, "--out", str(out), "--quiet"], capsys)
+    assert Path(log).read_bytes() == (searched / "search.jsonl").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
+def test_a_latency_budget_killed_while_it_measures_and_searches(searched: Path, tmp_path: Path) -> None:
+    """Measured times decide, so the same run is the one that has them in its table."""
+    out, overrides = tmp_path / "out", ["budget={flops: 0.8, latency_ms: 0.9}"]
+    kills: list[Callable[[pytest.MonkeyPatch], None]] = [
+        lambda patch: _kill_after_calls(patch, nni_dbs.latency, "medians_ms", 5),
+        lambda patch: _kill_after(patch, "supernet", 20),
+        lambda patch: _kill_after_networks(patch, 3),
+    ]
+    for kill in kills:
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch)
+            with pytest.raises(KeyboardInterrupt):
+                _prune(searched, out, *overrides)
+    assert _prune(searched, out, *overrides) == 0
+    result = _result(out)
+    assert result["latency_ms"] <= 0.9 * result["full_latency_ms"]
+    assert result["flops"] <= 0.8 * result["full_flops"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    shutil.copy(out / "latency.json", whole)
+    assert _prune(searched, whole, *overrides) == 0
+    _assert_same_run(whole, out)
+
+
+def _kill_after_calls(patch: pytest.MonkeyPatch, module: Any, name: str, count: int) -> None:
+    function, left = getattr(module, name), count
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    patch.setattr(module, name, killed)
+
+
 def test_plot_draws_the_search_again(searched: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(searched, out)
@@ -287,6 +338,12 @@ def test_a_final_training_killed_in_its_second_epoch_resumes(
     _assert_same_run(killed, whole)
 
 
+def test_distilling_for_no_epochs_keeps_the_pruned_network(searched: Path, tmp_path: Path) -> None:
+    out = _before_the_final_training(searched, tmp_path / "out")
+    assert _prune(searched, out, "final=distill", "finetune.epochs=0") == 0
+    assert _result(out)["metrics"]["distilled"] == _result(out)["metrics"]["pruned"]
+
+
 def test_from_scratch_begins_at_new_weights(searched: Path, tmp_path: Path) -> None:
     untrained = _before_the_final_training(searched, tmp_path / "out")
     assert _prune(searched, untrained, "final=scratch", "finetune.epochs=0") == 0
@@ -370,6 +427,15 @@ def test_a_mistake_costs_no_training_and_the_same_directory_takes_the_next_try(
     _fails([*prune, "train.lr=1e9"], capsys)
     assert main(prune) == 0
     assert main([*prune, "budget=0.4", "--resume"]) == 2  # a finished run is not overwritten
+
+
+def test_what_cannot_be_drawn_anew_is_told_before_the_training(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    convnext = ["model=convnext_tiny", "arguments={num_classes: 10}", "final=scratch"]
+    found = _fails(["prune", str(config), *convnext, "--out", str(tmp_path / "out"), "--quiet"], capsys)
+    assert "cannot be trained from scratch" in found
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_with_files(

@@ -26,11 +26,11 @@ from test_pruner import (
 from torch import nn
 
 import nni_dbs.latency
-from nni_dbs import Budget, DBSPruner, FlopsCost, RandomPruner, WidthSpace, load_pruned
-from nni_dbs.algorithms.dbs import RULES, DBSSearch
+from nni_dbs import DBSPruner, RandomPruner, WidthSpace, load_pruned
+from nni_dbs.algorithms.dbs import RULES
 from nni_dbs.cost import Bounds, count_flops
 from nni_dbs.errors import BudgetError, ConfigError, ResultError
-from nni_dbs.predict import TransformerPredictor
+from nni_dbs.search import RandomSearch
 from nni_dbs.space import Widths
 
 TINY = {
@@ -332,23 +332,39 @@ def test_never_above_the_budget_and_filling_it(budget: Any, seed: int) -> None:
         assert found <= most
 
 
+def test_a_better_network_that_leaves_budget_unused_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    propose = RandomSearch._propose
+    monkeypatch.setattr(RandomSearch, "_propose", lambda s, n: [s.space.smallest(), *propose(s, n)])
+    log = tmp_path / "search.jsonl"
+    pruner = random(lambda model: -parameter_count(model), budget=0.5, log=log)
+    pruner.compress()
+    best = max(lines_of(log), key=lambda line: line["score"])
+    assert best["widths"] == dict(pruner.space.smallest())
+    assert_fills(pruner.widths, pruner.space, pruner.bounds)
+
+
+def odd_groups_count(model: nn.Module) -> float:
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return float(sum((i % 3) * layer.out_channels for i, layer in enumerate(layers)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "resnet50"])
 def test_never_above_the_budget_on_large_networks(name: str) -> None:
-    model, image = torchvision.models.get_model(name), torch.zeros(1, 3, 32, 32)
-    space = WidthSpace.from_model(model.eval(), image)
-    flops = FlopsCost(model, image, space.groups)
-    for share in (0.15, 0.3, 0.5, 0.7, 0.9):
-        bounds = Budget.parse(share).bound({"flops": flops})
+    """5 budgets and 3 seeds each, counted on the network that comes out."""
+    image = torch.zeros(1, 3, 32, 32)
+    for budget in (0.15, 0.3, 0.5, 0.7, 0.9):
         for seed in range(3):
-            predictor = TransformerPredictor(space, dim=16, seed=seed)
-            search = DBSSearch(space, bounds, seed, points=6, predictor=predictor)
-            while len(search.told) < 8:
-                for widths in search.ask(2):
-                    score = sum((i % 3) * widths[name] for i, name in enumerate(space.names))
-                    search.tell(widths, float(score))
-            assert all(bounds.fits(widths) for widths in search.told)
-            assert_fills(search.best(), space, bounds)
+            model = torchvision.models.get_model(name)
+            evaluator = make_evaluator(model, odd_groups_count, image)
+            options = {"points": 6, "evaluations": 8, "calibration_steps": 0, "divisor": 8, "seed": seed}
+            pruner = DBSPruner(model, CONVS, evaluator, **{**TINY, **options, "budget": budget})
+            pruner.compress(max_steps=0)
+            assert_fills(pruner.widths, pruner.space, pruner.bounds)
+            assert count_flops(pruner.export(), image) == pruner.result.flops
+            assert pruner.result.flops <= budget * pruner.result.full_flops
 
 
 # --- latency -----------------------------------------------------------------------------------------
@@ -398,7 +414,9 @@ def test_flops_and_latency_at_once(clock: Clock, tmp_path: Path) -> None:
     assert_fills(pruner.widths, pruner.space, pruner.bounds)
     assert pruner.result.flops <= 0.7 * pruner.result.full_flops
     assert pruner.result.full_latency_ms == pytest.approx(clock.time(make_net()), rel=1e-9)
-    assert "measure" in pruner.result.seconds
+    assert {"latency model", "measure"} <= set(pruner.result.seconds)
+    assert pruner.result.counts["networks timed"] == pruner.latency.measurements > 8
+    assert pruner.result.limits == {"flops": pruner.bounds.limits[0][2], "latency_ms": pruner.most_latency}
     for line in lines_of(log):
         assert line["latency_ms"] == pruner.costs["latency_ms"](line["widths"]) <= pruner.most_latency
 
