@@ -1,8 +1,7 @@
 """Predictors: what a network of the space will score, learnt from the networks that were evaluated.
 
 All have one interface (`Predictor`), so that searches can be compared with the predictor held fixed.
-`TransformerPredictor` is that of DBS; `ridge`, `gaussian_process`, `boosting` and `mlp` are baselines, and
-`ridge` is the one that is hard to beat while fewer than a hundred networks are known.
+`TransformerPredictor` is that of DBS; `ridge`, `gaussian_process`, `boosting` and `mlp` are baselines.
 
 A fit returns held-out predictions: of every network, what the model says that was trained without it.
 `kendall_tau` of these says how far a ranking can be trusted. Ask for it inside of the budget's band too: over
@@ -208,7 +207,7 @@ class ScikitPredictor:
 def ridge(space: WidthSpace) -> ScikitPredictor:
     """Bayesian ridge regression on the logarithms of the widths, their squares and products.
 
-    The first choice below a hundred evaluated networks, and in spaces of few groups.
+    Quick and simple, in spaces of few groups.
     """
     return ScikitPredictor(
         space,
@@ -257,9 +256,8 @@ class TransformerPredictor:
     the widths. Each of the members is trained without one fold of the networks, which it predicts instead;
     all stop at the step where these held-out predictions are best. The members are one batched computation.
 
-    A Bayesian regression on logarithms of widths goes first (`Trend`), and the Transformer learns what it
-    leaves over: nothing, unless that improves the held-out predictions by more than a standard error. With
-    few networks the sum predicts as well as the regression, with many as the Transformer.
+    A Gaussian process on the logarithms of the widths goes first (`Trend`), and the Transformer learns what
+    it leaves over: nothing, unless that improves the held-out predictions by more than a standard error.
 
     Given a budget, a budget head learns each cost's share of its limit and a decoder the options, from the
     features of the tokens, on random networks (their labels are free): what the latent variant of the search
