@@ -112,19 +112,26 @@ class SearchPruner(WidthPruner):
             bounds = self._tightened(best)
             smaller = dict.fromkeys(project(widths, self.space, bounds) for widths in best[:_SMALLER])
             for widths in smaller:
-                self._tell(searcher, widths, model, known)
+                self._tell(searcher, widths, model, known, "smaller")
             with self._stage("search"):
                 best = [widths for widths in searcher.ranked() if widths in smaller]
         raise self._too_slow()
 
-    def _tell(self, searcher: Searcher, widths: Widths, model: nn.Module, known: dict[Widths, float]) -> None:
+    def _tell(
+        self,
+        searcher: Searcher,
+        widths: Widths,
+        model: nn.Module,
+        known: dict[Widths, float],
+        stage: str | None = None,
+    ) -> None:
         """Tells the searcher what a network scores: evaluated now, or in the interrupted run."""
         with self._stage("evaluate"):
             if widths not in known:
-                known[widths] = self._evaluate(model, widths, searcher)
+                known[widths] = self._evaluate(model, widths, stage or searcher.stage(widths))
         searcher.tell(widths, known[widths])
 
-    def _evaluate(self, model: nn.Module, widths: Widths, searcher: Searcher) -> float:
+    def _evaluate(self, model: nn.Module, widths: Widths, stage: str) -> float:
         assert self.evaluator is not None
         small = shrink(model, self.space.groups, widths, self.order)
         if self.calibration_steps:
@@ -134,16 +141,16 @@ class SearchPruner(WidthPruner):
             raise TrainingError(
                 f"a network scored {found}: lower the learning rate of the supernet, or look at the evaluator"
             )
-        self._record(widths, found, searcher)
+        self._record(widths, found, stage)
         return found
 
-    def _record(self, widths: Widths, score: float, searcher: Searcher) -> None:
+    def _record(self, widths: Widths, score: float, stage: str) -> None:
         """Appends an evaluated network to the log."""
         if self.log is None:
             return
         costs = {kind: cost(widths) for kind, cost in self.costs.items()}
         line = {
-            "stage": searcher.stage(widths),
+            "stage": stage,
             "score": score,
             **costs,
             "used": self.bounds.used(widths),

@@ -433,6 +433,7 @@ def test_a_network_slower_than_predicted_is_made_smaller(
     assert measured(pruner, clock) > 0.9
     lines = lines_of(log)
     assert dict(pruner.widths) in [line["widths"] for line in lines]
+    assert lines[-1]["stage"] == "smaller"
     assert len(lines) == pruner.result.evaluations == pruner.counts["evaluations"] > few.get("evaluations", 8)
 
 
