@@ -68,9 +68,10 @@ class LatencyCost:
         space: The networks to choose from.
         samples: How many networks are measured to fit the model, at least 8.
         threads: Of the CPU; default: torch's present number.
-        table: A JSON file of measurements. Every one is added at once and none is taken twice, so a run that
-            was killed goes on where it stopped, and with the same table comes to the same model. Tables are
-            for one device, number of threads, torch version, architecture and input.
+        table: A JSON file of measurements. Every one is added at once and none is taken twice (those for the
+            model and those of `measure` apart), so a run that was killed goes on where it stopped, and with
+            the same table comes to the same model. Tables are for one device, number of threads, torch
+            version, architecture and input.
         seed: Of the networks that are measured.
         quiet: No progress bar.
 
@@ -120,7 +121,7 @@ class LatencyCost:
             },
         )
         networks = spread(space, samples, seed)
-        full, beside = self._pair({}, **LONG)
+        full, beside = self._pair({}, long=True)
         pairs = [
             self._pair(widths)
             for widths in tqdm(
@@ -161,26 +162,29 @@ class LatencyCost:
         if key == self._key({}):
             return self.full
         if key not in self._table.chosen:
-            full, ms = self._turns(self._full, widths, **LONG)
-            self._table.add(self._table.chosen, key, (ms, full))
+            full, ms = self._turns(self._full, widths, long=True)
+            self._table.chosen[key] = ms, full
+            self._table.save()
         ms, full = self._table.chosen[key]
         return ms / full * self.full
 
     @property
     def measurements(self) -> int:
-        """How many networks were measured so far, those of earlier runs in the table included."""
+        """How many there are in the table."""
         return len(self._table.measured) + len(self._table.chosen)
 
-    def _pair(self, widths: Mapping[str, int], **length: Any) -> Pair:
+    def _pair(self, widths: Mapping[str, int], long: bool = False) -> Pair:
         """Milliseconds of a network and of the reference, measured now or found in the table."""
         key = self._key(widths)
         if key not in self._table.measured:
-            reference, ms = self._turns(self._reference, widths, **length)
-            self._table.add(self._table.measured, key, (ms, reference))
+            reference, ms = self._turns(self._reference, widths, long)
+            self._table.measured[key] = ms, reference
+            self._table.save()
         return self._table.measured[key]
 
-    def _turns(self, beside: nn.Module, widths: Mapping[str, int], **length: Any) -> list[float]:
+    def _turns(self, beside: nn.Module, widths: Mapping[str, int], long: bool) -> list[float]:
         small = shrink(self._full, self.groups, widths, self._order)
+        length = LONG if long else {}
         return medians_ms([beside, small], self._example_inputs, self._threads, **length)
 
     def _key(self, widths: Mapping[str, int]) -> tuple[int, ...]:
@@ -351,8 +355,7 @@ class _Table:
         if path is not None and path.exists():
             self._read(path)
 
-    def add(self, to: dict[tuple[int, ...], Pair], widths: tuple[int, ...], pair: Pair) -> None:
-        to[widths] = pair
+    def save(self) -> None:
         if self.path is not None:
             write(self.path, lambda path: path.write_text(self._text()))
 

@@ -277,7 +277,7 @@ class TransformerPredictor:
         depth: Layers of the encoder; it has one head for each 16 dimensions.
         steps: Most training steps of the first fit; the others go on from the last weights with a quarter.
         lr: Learning rate.
-        trend: Whether the regression goes first.
+        trend: Whether the Gaussian process goes first.
         seed: Of initial weights and of batches.
 
     Attributes:
@@ -288,7 +288,7 @@ class TransformerPredictor:
     BATCH = 64
     CHECK = 10  # steps between looks at the held-out predictions
     PATIENCE = 4  # looks without improvement
-    FREE_STEPS = 600  # on random networks, before the first fit
+    FREE_STEPS = 600  # on random networks, before the first fit; a quarter for the heads alone after each
     NOISE = 0.1  # of the features that the decoder reads, in training
 
     def __init__(
@@ -372,8 +372,9 @@ class TransformerPredictor:
         self.network.load_state_dict(state["network"])
         self.generator.set_state(state["generator"])
         self.fits, self.best_step = state["fits"], state["best_step"]
-        if state["known"] is not None:
-            self._read(*state["known"])
+        self._known = state["known"]
+        if self._known is not None:
+            self._read(*self._known)
 
     def _read(self, widths: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Points (N, L, K), standardised scores (N,) and logarithmic ratios (N, L); fits the trend."""
@@ -505,12 +506,12 @@ def posterior(x: Tensor, predicted: Tensor, scores: Tensor) -> Tensor:
 class Trend:
     """A smooth function of x (N, L), learnt from noisy values: a Gaussian process with an RBF kernel.
 
-    Length of the kernel, height and noise maximise the evidence. Exact, and quick for up to a few thousand
-    networks. With any number of networks it ranks as well as a regression on squares and products, mostly
-    better.
+    Length of the kernel (of two), height and noise maximise the evidence. Exact, and quick for up to a few
+    thousand networks.
 
     Attributes:
         length: Of the kernel, where all columns have unit variance, over the root of their number.
+        ratio: Noise to signal, one of `RATIOS`.
     """
 
     RATIOS = torch.logspace(-6, 3, 46, dtype=torch.float64)  # noise to signal
@@ -531,10 +532,10 @@ class Trend:
             noise = (q**2 / spread).mean(1).clamp(min=1e-12)  # (R,)
             surprise, best = (noise.log() + spread.log().mean(1)).min(0)
             if surprise < least:
-                least, self.length, ratio = surprise, length, self.RATIOS[best]
-                self.signal = noise[best] / ratio
-                self.weights = vectors @ (q / (values + ratio))  # (N,)
-                self.basis = vectors / (values + ratio).sqrt()  # (N, N)
+                least, self.length, self.ratio = surprise, length, float(self.RATIOS[best])
+                self.signal = noise[best] / self.ratio
+                self.weights = vectors @ (q / (values + self.ratio))  # (N,)
+                self.basis = vectors / (values + self.ratio).sqrt()  # (N, N)
         return self
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError
 from nni_dbs.space import Widths, WidthSpace
 
+FULL = 0.98  # of the budget: what a network to keep uses, or no group can grow
 _BISECTIONS = 50
 
 
@@ -72,6 +73,15 @@ def project_batch(wishes: Tensor, space: WidthSpace, bounds: Bounds, keep: Tenso
     positions = scaled(low)
     _fill(positions, wishes, choices, counts, bounds, ~fixed)
     return choices[rows, positions]
+
+
+def leaves_room(widths: Widths, space: WidthSpace, bounds: Bounds) -> bool:
+    """Whether a network uses less than 98 % of the budget although some group, alone, could grow."""
+    if bounds.used(widths) >= FULL:
+        return False
+    wider = [[w for w in space.choices(name) if w > widths[name]] for name in space.names]
+    grown = [space.encode({**widths, name: w[0]}) for name, w in zip(space.names, wider, strict=True) if w]
+    return bool(grown) and bool(bounds.fits_batch(torch.stack(grown)).any())
 
 
 def _fill(

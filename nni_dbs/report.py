@@ -84,10 +84,13 @@ def _search_pictures(out: Path, result: Result) -> list[Path]:
             unit=SCORE,
             title=f"The search of {result.method}",
         )
-        kind, budget = next(iter(result.limits.items()), ("flops", None))
+        taken = {"flops": result.flops, "params": result.params, "latency_ms": result.latency_ms or 0.0}
+        kind = max(result.limits, key=lambda kind: taken[kind] / result.limits[kind])  # the tightest
         cost = [line[kind] for line in lines]
         front = pareto_front(cost, scores)
-        figures["front"] = plot_front(cost, scores, front, chosen, UNITS[kind], budget, score_unit=SCORE)
+        figures["front"] = plot_front(
+            cost, scores, front, chosen, UNITS[kind], result.limits[kind], score_unit=SCORE
+        )
     if result.held_out and result.held_out["measured"]:
         figures["predictions"] = plot_predictions(
             result.held_out["predicted"],

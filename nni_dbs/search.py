@@ -28,7 +28,6 @@ from nni_dbs.projection import project_batch
 from nni_dbs.space import Widths, WidthSpace
 from torch_pruning_adapters import WidthError, check_widths
 
-FULL = 0.98  # of the budget: what a network to keep uses, or no group can grow
 _TRIES = 4
 _FEW = 32
 
@@ -56,7 +55,6 @@ class Searcher(ABC):
         self.told: dict[Widths, float] = {}
         self._asked: dict[Widths, str] = {}
         self._rounds = 0
-        self._room: dict[Widths, bool] = {}
 
     @cached_property
     def chances(self) -> Tensor:
@@ -98,6 +96,9 @@ class Searcher(ABC):
             raise BudgetError("a network over the budget was told; only those inside of it can be chosen")
         self.told[widths] = float(score)
 
+    def fit(self) -> None:  # noqa: B027
+        """Learns from all that was told, where that takes time; ends a round."""
+
     def best(self) -> Widths:
         """The network to keep: the first of `ranked`."""
         return self.ranked()[0]
@@ -115,21 +116,6 @@ class Searcher(ABC):
     def _by_quality(self) -> list[Widths]:
         """All networks that were told, the best first: by their scores."""
         return sorted(self.told, key=self.told.__getitem__, reverse=True)
-
-    def leaves_room(self, widths: Widths) -> bool:
-        """Whether a network uses less than 98 % of the budget although a group could grow."""
-        if widths not in self._room:
-            steps = self._steps(widths)
-            grown = self.space.encode(widths) + torch.diag(steps)[steps > 0]  # (M, G)
-            grows = len(grown) > 0 and bool(self.bounds.fits_batch(grown).any())
-            self._room[widths] = grows and self.bounds.used(widths) < FULL
-        return self._room[widths]
-
-    def _steps(self, widths: Widths) -> Tensor:
-        """How much wider each group's next choice is, (G,); 0 for those at their widest."""
-        wider = ([w for w in self.space.choices(name) if w > widths[name]] for name in self.space.names)
-        steps = [w[0] - widths[name] if w else 0 for name, w in zip(self.space.names, wider, strict=True)]
-        return torch.tensor(steps, dtype=torch.float64)
 
     def stage(self, widths: Widths) -> str:
         """What a network was asked for as, for records and pictures."""

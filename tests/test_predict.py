@@ -220,19 +220,18 @@ def regression_by_hand(x: Tensor, y: Tensor, new: Tensor) -> tuple[Tensor, Tenso
 def test_trend_is_the_gaussian_process_of_greatest_evidence(n: int, noise: float) -> None:
     x, new = torch.randn(n, 3, dtype=torch.float64), torch.randn(7, 3, dtype=torch.float64)
     y = 2 + x[:, 0] - 0.5 * x[:, 1] * x[:, 2] + noise * torch.randn(n, dtype=torch.float64)
-    mean, variance, _ = regression_by_hand(x, y, new)
-    found, doubt = Trend().fit(x, y)(new)
+    mean, variance, (length, number) = regression_by_hand(x, y, new)
+    trend = Trend().fit(x, y)
+    found, doubt = trend(new)
+    assert (trend.length, trend.ratio) == (length, Trend.RATIOS[number])
     torch.testing.assert_close(found, mean, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(doubt, variance, rtol=1e-6, atol=1e-8)
 
 
 def test_trend_trusts_data_less_the_noisier_they_are() -> None:
-    """The cases above reach different ratios, so that the choice among them is really tested."""
     x = torch.randn(30, 3, dtype=torch.float64)
     noises = torch.randn(30, dtype=torch.float64)
-    chosen = [
-        regression_by_hand(x, x.sum(1) + noise * noises, x)[2][1] for noise in (1e-4, 1e-2, 1e-1, 1.0, 10.0)
-    ]
+    chosen = [Trend().fit(x, x.sum(1) + noise * noises).ratio for noise in (1e-4, 1e-2, 1e-1, 1.0, 10.0)]
     assert chosen == sorted(chosen) and len(set(chosen)) >= 4
 
 

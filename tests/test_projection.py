@@ -16,7 +16,7 @@ from torchvision.models import get_model
 from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError
-from nni_dbs.projection import project, project_batch
+from nni_dbs.projection import leaves_room, project, project_batch
 from torch_pruning_adapters import find_channel_groups
 
 Costs = dict[str, Any]
@@ -73,6 +73,19 @@ def test_inside_the_budget_and_nothing_left_over(problem: Problem) -> None:
     assert growable(found, space, bounds) == []
     assert project(found, space, bounds) == found
     assert project(wish, space, bounds) == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_room_is_what_some_group_could_still_use(problem: Problem, data: st.DataObject) -> None:
+    space, bounds, wish = problem
+    full = project(wish, space, bounds)
+    assert not leaves_room(full, space, bounds)
+    name = data.draw(st.sampled_from(space.names))
+    width = data.draw(st.sampled_from([w for w in space.choices(name) if w <= full[name]]))
+    smaller = Widths({**full, name: width})
+    grows = growable(smaller, space, bounds) != []
+    assert leaves_room(smaller, space, bounds) == (grows and bounds.used(smaller) < 0.98)
 
 
 @settings(max_examples=40, deadline=None)

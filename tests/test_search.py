@@ -218,17 +218,6 @@ class SearcherContract:
             searcher.tell(widths, -score(widths))
         assert score(searcher.best()) == min(map(score, networks))
 
-    def test_room_is_what_a_group_could_still_use(self) -> None:
-        space, bounds = within(net(), 0.5)
-        searcher = self.make(space, bounds)
-        assert searcher.leaves_room(space.smallest())
-        for widths in searcher.ask(6):
-            grown = (
-                {**widths, name: w} for name in space.names for w in space.choices(name) if w > widths[name]
-            )
-            grows = any(bounds.fits(larger) for larger in grown)
-            assert searcher.leaves_room(widths) == (grows and bounds.used(widths) < 0.98)
-
     def test_all_that_was_told_is_ranked(self) -> None:
         searcher = self.make(*within(net(), 0.5))
         played(searcher, 2, 7)

@@ -13,7 +13,6 @@ the final choice.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -84,7 +83,6 @@ def relaxed_search(
     steps: int = 60,
     lr: float = 0.2,
     every: int = 5,
-    optimism: float = 0.0,
     penalty: float = 5.0,
     region: TrustRegion | None = None,
 ) -> Tensor:
@@ -101,7 +99,6 @@ def relaxed_search(
         bounds: The budget.
         steps, lr: Of Adam.
         every: Steps between decodings.
-        optimism: The objective is the predicted mean plus so many standard deviations.
         penalty: Weight of `over_budget` at first.
         region: What lies outside costs the square of its excess, of the same weight.
 
@@ -114,12 +111,11 @@ def relaxed_search(
     found = []
     for step in range(1, steps + 1):
         p = torch.softmax((logits / 0.2 ** (step / steps)).masked_fill(~options.valid, -torch.inf), 2)
-        predicted = predictor.standardised(p)
         excess = budget_excess(options.relaxed(p), bounds)
         price = over_budget(excess)
         if region is not None:
             price = price + region.excess(options.log_ratio(p)) ** 2
-        objective = predicted.mean + optimism * predicted.std - penalty * price
+        objective = predictor.standardised(p).mean - penalty * price
         (logits.grad,) = torch.autograd.grad(-objective.sum(), logits)
         optimizer.step()
         if step % every == 0:
@@ -281,12 +277,17 @@ class DBSSearch(Searcher):
         known = super()._by_quality()
         if not self._can_fit():
             return known
-        predictor = self.predictor
-        if self._fitted != self.told:  # to look changes nothing
-            predictor = copy.deepcopy(predictor)
-            predictor.fit(self._encoded(self.told), self._scores(self.told))
+        if self._fitted == self.told:
+            return self._by_posterior(known)
+        before = self.predictor.state_dict()
+        self.predictor.fit(self._encoded(self.told), self._scores(self.told))
+        found = self._by_posterior(known)
+        self.predictor.load_state_dict(before)  # to look changes nothing
+        return found
+
+    def _by_posterior(self, known: list[Widths]) -> list[Widths]:
         encoded, scores = self._encoded(known), self._scores(known)
-        worth = posterior(self._features(encoded), predictor.predict(encoded).mean, scores)
+        worth = posterior(self._features(encoded), self.predictor.predict(encoded).mean, scores)
         return [known[i] for i in worth.argsort(descending=True, stable=True)]
 
     def _can_fit(self) -> bool:
@@ -295,7 +296,8 @@ class DBSSearch(Searcher):
     def fit(self) -> None:
         """Fits the predictor to all that was told, unless it is, or fewer than 4 networks are known.
 
-        Ends a round: `ask` does it by itself; call it after the last one for `fits` and `held_out`.
+        `ask` does it by itself; after the last round, call it for `fits` and `held_out`. Without it `best`
+        fits for itself alone, each time.
         """
         if self._fitted == self.told or not self._can_fit():
             return

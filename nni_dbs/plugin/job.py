@@ -139,7 +139,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         _check_outputs(model, run)
         if config.final == "scratch":
             reinitialise(copy.deepcopy(model), config.seed)
-        _pruner(pruner_class, copy.deepcopy(model), run, resume)
+        checked = _pruner(pruner_class, copy.deepcopy(model), run, resume)
     write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
     with run.stage("train"):
         run.train(model, config.train, "train")
@@ -176,7 +176,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         row.params = result.params if pruned else result.full_params
         row.latency_ms = small_ms if pruned else full_ms
     result.metrics = {row.stage: row.test_accuracy for row in rows}
-    result.seconds = {**run.seconds, **result.seconds}
+    result.seconds = {**run.seconds, **result.seconds, **checked.seconds}  # latencies are measured once
     save_result(out, result)
     write_report(out, config, result, rows, pruner.space.groups, pruner.flops)
     return rows
@@ -287,11 +287,13 @@ def _check_outputs(model: nn.Module, run: _Run) -> None:
 
 def _check_same_run(config: Config, out: Path) -> None:
     path = out / "config.yaml"
+    started = [out / "checkpoint" / "supernet.safetensors", out / "search.jsonl"]
     if not path.exists():
+        if any(file.exists() for file in started):
+            raise ResultError(f"{path} is missing, so this run cannot be resumed; choose another --out")
         return
     before = load_config(path)
     decisive = ["model", "arguments", "data", "seed", "train"]
-    started = [out / "checkpoint" / "supernet.safetensors", out / "search.jsonl"]
     if any(path.exists() for path in started):
         decisive += ["method", "options", "budget", "config_list", "min_ratio", "divisor", "supernet"]
     if (out / "checkpoint" / "finetune.safetensors").exists() or (out / "result.json").exists():

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -141,11 +140,17 @@ class WidthPruner(Pruner):
                 self.latency = LatencyCost(
                     model, inputs, self.space, table=latency_table, seed=seed, quiet=quiet
                 )
-        self._seconds_before = self.seconds
+        self._fitting_seconds = self.seconds
         self.bounds = self.budget.bound(self.costs)
         self.bounds.check_reachable(self.space.smallest(), self.space.largest())
-        if self.latency is not None:
+        self._limits = {limit.kind: most for limit, _, most in self.bounds.limits}
+        if self.latency is not None and self.most_latency < self.latency.full:
             self.bounds = self._with_latency(_HELD * self.most_latency)
+            if not self.bounds.fits(self.space.smallest()):
+                raise BudgetError(
+                    f"{self.budget}: the smallest network takes more than {_HELD:.0%} of it, which leaves no "
+                    "room for errors of measurement; raise the budget or lower min_ratio"
+                )
         self.example_inputs = inputs
         self.importance = importance
         self.seed = seed
@@ -250,7 +255,7 @@ class WidthPruner(Pruner):
             self._compress()
 
     def _compress(self) -> None:
-        self.seconds = dict(self._seconds_before)
+        self.seconds = dict(self._fitting_seconds)
         self.counts: dict[str, int] = {}
         with self._plain_model() as model:
             self.order = channel_order(model, self.space.groups, self.importance)
@@ -259,7 +264,7 @@ class WidthPruner(Pruner):
         if self.latency is not None:
             with self._stage("measure"):
                 widths = self._measured_inside(widths)
-            self.counts["networks timed"] = self.latency.measurements
+            self.counts["latency measurements"] = self.latency.measurements
         self._result = Result(
             method=self.method,
             seed=self.seed,
@@ -269,7 +274,7 @@ class WidthPruner(Pruner):
             full_flops=self.flops.full,
             params=self.params(widths),
             full_params=self.params.full,
-            limits={limit.kind: most for limit, _, most in self.bounds.limits},
+            limits=self._limits,
             evaluations=self.counts.get("evaluations", 0),
             counts=self.counts,
             seconds=self.seconds,
@@ -294,24 +299,28 @@ class WidthPruner(Pruner):
     def _measured_inside(self, widths: Widths) -> Widths:
         """The network, or one of its shape so much smaller that its measured latency keeps the budget."""
         assert self.latency is not None
-        for _ in range(LATENCY_TRIES):
-            if self.latency.measure(widths) <= self.most_latency:
-                return widths
-            widths = project(widths, self.space, self._tightened([widths]))
-        raise self._too_slow()
+        tries = 0
+        while self.latency.measure(widths) > self.most_latency:
+            if tries == LATENCY_TRIES:
+                raise self._too_slow([widths])
+            widths, tries = self._smaller(widths), tries + 1
+        return widths
 
-    def _tightened(self, networks: Sequence[Widths]) -> Bounds:
-        """The bounds at which networks that differ from their prediction as these keep the latency."""
+    def _smaller(self, widths: Widths) -> Widths:
+        """A network of the same shape that keeps the latency, if it differs as much from its prediction."""
         assert self.latency is not None
-        slower = median(self.latency.measure(widths) / self.latency(widths) for widths in networks)
-        smaller = 0.99 * max(map(self.latency, networks))
-        return self._with_latency(min(self.most_latency / slower, smaller))
+        predicted, least = self.latency(widths), self.latency(self.space.smallest())
+        slower = self.latency.measure(widths) / predicted
+        most = max(min(self.most_latency / slower, 0.99 * predicted), least)
+        return project(widths, self.space, self._with_latency(most))
 
-    def _too_slow(self) -> BudgetError:
+    def _too_slow(self, networks: Sequence[Widths]) -> BudgetError:
         assert self.latency is not None
+        best = min(map(self.latency.measure, networks))
         return BudgetError(
-            f"no network of this shape keeps {self.budget} when it is measured: latencies differ from their "
-            f"model by {self.latency.error:.0%} on average; measure on a quieter machine or raise the budget"
+            f"no network of this shape keeps {self.budget} when it is measured: the last took {best:.3g} ms, "
+            f"{self.most_latency:.3g} ms are allowed (3 % are held back); measure on a quieter machine or "
+            "raise the budget"
         )
 
     @contextmanager

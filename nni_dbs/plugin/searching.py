@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score, train_supernet
 from nni_dbs.plugin.pruner import LATENCY_TRIES, WidthPruner
 from nni_dbs.predict import TransformerPredictor
-from nni_dbs.projection import project
+from nni_dbs.projection import leaves_room
 from nni_dbs.result import load_search
 from nni_dbs.search import RandomSearch, Searcher
 from nni_dbs.space import Widths
@@ -38,7 +39,8 @@ class SearchPruner(WidthPruner):
     budget is chosen; if none does, smaller ones of their shapes are evaluated too.
 
     Args:
-        evaluations: Networks to evaluate altogether; fewer if the budget has no more to offer.
+        evaluations: Networks to evaluate altogether; fewer if the budget has no more to offer, and some
+            more, of stage "smaller" in the log, where none of the best keeps a latency.
         per_round: How many of them the searcher is asked for at a time.
         calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
         kwargs: See `WidthPruner`.
@@ -80,6 +82,13 @@ class SearchPruner(WidthPruner):
         if self.evaluator is None:
             raise ConfigError(f"{type(self).__name__} needs an evaluator to score networks")
         known = self._logged()
+
+        def tell(widths: Widths, stage: str) -> None:
+            with self._stage("evaluate"):
+                if widths not in known:
+                    known[widths] = self._evaluate(model, widths, stage)
+            searcher.tell(widths, known[widths])
+
         with tqdm(
             total=self.evaluations, desc=self.method, unit="network", disable=True if self.quiet else None
         ) as bar:
@@ -89,47 +98,33 @@ class SearchPruner(WidthPruner):
                 if not asked:
                     break
                 for widths in asked:
-                    self._tell(searcher, widths, model, known)
+                    tell(widths, searcher.stage(widths))
                     bar.update()
                 bar.set_postfix(best=f"{max(searcher.told.values()):.2f}")
         with self._stage("search"):
-            ranked = sorted(searcher.ranked(), key=searcher.leaves_room)
-        chosen = ranked[0] if self.latency is None else self._in_time(ranked, searcher, model, known)
+            searcher.fit()
+            ranked = searcher.ranked()
+        best = [w for w in ranked if not leaves_room(w, self.space, self.bounds)] or ranked[:1]
+        chosen = best[0] if self.latency is None else self._in_time(best[:_MEASURED], searcher, tell)
         self.counts["evaluations"] = len(searcher.told)
         return chosen
 
-    def _in_time(
-        self, ranked: list[Widths], searcher: Searcher, model: nn.Module, known: dict[Widths, float]
-    ) -> Widths:
+    def _in_time(self, best: list[Widths], searcher: Searcher, tell: Callable[[Widths, str], None]) -> Widths:
         """The first that keeps the latency when it is measured; where none does, the best smaller one."""
         assert self.latency is not None
-        best = [widths for widths in ranked[:_MEASURED] if not searcher.leaves_room(widths)] or ranked[:1]
-        for _ in range(LATENCY_TRIES):
+        for tries in range(LATENCY_TRIES + 1):
+            if tries > 0:
+                smaller = dict.fromkeys(map(self._smaller, best[:_SMALLER]))
+                for widths in smaller:
+                    tell(widths, "smaller")
+                with self._stage("search"):
+                    searcher.fit()
+                    best = [widths for widths in searcher.ranked() if widths in smaller]
             with self._stage("measure"):
                 for widths in best:
                     if self.latency.measure(widths) <= self.most_latency:
                         return widths
-            bounds = self._tightened(best)
-            smaller = dict.fromkeys(project(widths, self.space, bounds) for widths in best[:_SMALLER])
-            for widths in smaller:
-                self._tell(searcher, widths, model, known, "smaller")
-            with self._stage("search"):
-                best = [widths for widths in searcher.ranked() if widths in smaller]
-        raise self._too_slow()
-
-    def _tell(
-        self,
-        searcher: Searcher,
-        widths: Widths,
-        model: nn.Module,
-        known: dict[Widths, float],
-        stage: str | None = None,
-    ) -> None:
-        """Tells the searcher what a network scores: evaluated now, or in the interrupted run."""
-        with self._stage("evaluate"):
-            if widths not in known:
-                known[widths] = self._evaluate(model, widths, stage or searcher.stage(widths))
-        searcher.tell(widths, known[widths])
+        raise self._too_slow(best)
 
     def _evaluate(self, model: nn.Module, widths: Widths, stage: str) -> float:
         assert self.evaluator is not None
@@ -321,8 +316,6 @@ class DBSPruner(SearchPruner):
         with self._stage("supernet"):
             self._train(model, searcher.points)
         widths = self._search(model, searcher)
-        with self._stage("search"):
-            searcher.fit()
         self.counts["fits"] = len(searcher.fits)
         self._searched = searcher
         return widths

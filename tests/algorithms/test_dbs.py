@@ -179,20 +179,6 @@ def test_gradient_finds_what_enumeration_finds(latent: bool) -> None:
     assert sum(hit <= 0.02 for hit in hits) >= 9
 
 
-def test_optimism_prefers_what_is_uncertain() -> None:
-    space, cost, _ = chain(6, 40, 4)
-    bounds = bound(0.5, cost)
-    predictor = small(space)
-    known = near(space, bounds, 40)
-    predictor.fit(known, truth(space, known))
-    starts = near(space, bounds, 10, seed=1)
-    doubts = [
-        float(predictor.predict(relaxed_search(predictor, starts, bounds, optimism=optimism)).std.mean())
-        for optimism in (-5.0, 5.0)
-    ]
-    assert doubts[1] > 1.1 * doubts[0]
-
-
 def feasible(bounds: Bounds, networks: Tensor) -> float:
     return float(bounds.fits_batch(networks).double().mean())
 

@@ -402,7 +402,10 @@ def measured(pruner: Any, clock: Clock) -> float:
     found = clock.time(pruner.export())
     assert pruner.result.latency_ms == pytest.approx(found, rel=1e-9)
     assert found <= pruner.most_latency * (1 + 1e-9)
-    assert pruner.most_latency == pytest.approx(0.97 * pruner.budget.limits[-1].amount * pruner.latency.full)
+    limit = pruner.budget.limits[-1]
+    asked = limit.amount * (pruner.latency.full if limit.relative else 1)
+    assert pruner.most_latency == pytest.approx(0.97 * asked)
+    assert pruner.result.limits["latency_ms"] == pytest.approx(asked)
     return found / pruner.most_latency
 
 
@@ -415,8 +418,8 @@ def test_flops_and_latency_at_once(clock: Clock, tmp_path: Path) -> None:
     assert pruner.result.flops <= 0.7 * pruner.result.full_flops
     assert pruner.result.full_latency_ms == pytest.approx(clock.time(make_net()), rel=1e-9)
     assert {"latency model", "measure"} <= set(pruner.result.seconds)
-    assert pruner.result.counts["networks timed"] == pruner.latency.measurements > 8
-    assert pruner.result.limits == {"flops": pruner.bounds.limits[0][2], "latency_ms": pruner.most_latency}
+    assert pruner.result.counts["latency measurements"] == pruner.latency.measurements > 8
+    assert pruner.result.limits["flops"] == pruner.bounds.limits[0][2]
     for line in lines_of(log):
         assert line["latency_ms"] == pruner.costs["latency_ms"](line["widths"]) <= pruner.most_latency
 
@@ -433,7 +436,9 @@ def test_a_network_slower_than_predicted_is_made_smaller(
     assert measured(pruner, clock) > 0.9
     lines = lines_of(log)
     assert dict(pruner.widths) in [line["widths"] for line in lines]
-    assert lines[-1]["stage"] == "smaller"
+    smaller = [line["latency_ms"] for line in lines if line["stage"] == "smaller"]
+    others = [line["latency_ms"] for line in lines if line["stage"] != "smaller"]
+    assert smaller and max(smaller) <= 0.99 * max(others)
     assert len(lines) == pruner.result.evaluations == pruner.counts["evaluations"] > few.get("evaluations", 8)
 
 
@@ -449,10 +454,30 @@ def test_the_best_of_those_that_keep_the_budget_when_measured(clock: Clock, tmp_
     assert dict(pruner.widths) == best["widths"]
 
 
+def test_a_latency_in_milliseconds(clock: Clock) -> None:
+    pruner = random(by_widths, budget={"latency_ms": f"{0.7 * clock.time(make_net())}ms"})
+    pruner.compress()
+    assert measured(pruner, clock) > 0.9
+
+
+def test_the_whole_latency_needs_nothing_held_back(clock: Clock) -> None:
+    pruner = random(by_widths, budget={"latency_ms": 1.0, "flops": 0.5})
+    assert pruner.most_latency == pruner.latency.full
+    pruner.compress()
+    assert_fills(pruner.widths, pruner.space, pruner.bounds)
+
+
+def test_a_latency_that_leaves_nothing_to_hold_back_is_refused_at_once(clock: Clock) -> None:
+    pruner = random(by_widths, budget={"latency_ms": 0.9})
+    least = pruner.latency(pruner.space.smallest())
+    with pytest.raises(BudgetError, match="more than 97% of it, which leaves no room"):
+        random(by_widths, budget={"latency_ms": f"{1.01 * least}ms"})
+
+
 def test_a_latency_that_no_network_keeps(clock: Clock) -> None:
     pruner = random(by_widths, budget={"latency_ms": 0.6})
     clock.slower = lambda model: 100.0
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match=r"no network of this shape keeps .* \(3 % are held back"):
         pruner.compress()
     with pytest.raises(ConfigError, match=r"call compress\(\) first"):
         pruner.export()
