@@ -404,7 +404,7 @@ def measured(pruner: Any, clock: Clock) -> float:
     assert found <= pruner.most_latency * (1 + 1e-9)
     limit = pruner.budget.limits[-1]
     asked = limit.amount * (pruner.latency.full if limit.relative else 1)
-    assert pruner.most_latency == pytest.approx(0.97 * asked)
+    assert pruner.most_latency == pytest.approx(0.95 * asked)
     assert pruner.result.limits["latency_ms"] == pytest.approx(asked)
     return found / pruner.most_latency
 
@@ -470,14 +470,14 @@ def test_the_whole_latency_needs_nothing_held_back(clock: Clock) -> None:
 def test_a_latency_that_leaves_nothing_to_hold_back_is_refused_at_once(clock: Clock) -> None:
     pruner = random(by_widths, budget={"latency_ms": 0.9})
     least = pruner.latency(pruner.space.smallest())
-    with pytest.raises(BudgetError, match="more than 97% of it, which leaves no room"):
+    with pytest.raises(BudgetError, match="more than 95% of it, which leaves no room"):
         random(by_widths, budget={"latency_ms": f"{1.01 * least}ms"})
 
 
 def test_a_latency_that_no_network_keeps(clock: Clock) -> None:
     pruner = random(by_widths, budget={"latency_ms": 0.6})
     clock.slower = lambda model: 100.0
-    with pytest.raises(BudgetError, match=r"no network of this shape keeps .* \(3 % are held back"):
+    with pytest.raises(BudgetError, match=r"no network of this shape keeps .* \(5% is held back"):
         pruner.compress()
     with pytest.raises(ConfigError, match=r"call compress\(\) first"):
         pruner.export()
