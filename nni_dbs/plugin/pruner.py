@@ -319,8 +319,8 @@ class WidthPruner(Pruner):
         best = min(map(self.latency.measure, networks))
         return BudgetError(
             f"no network of this shape keeps {self.budget} when it is measured: the last took {best:.3g} ms, "
-            f"{self.most_latency:.3g} ms are allowed ({1 - _HELD:.0%} is held back); measure on a quieter machine or "
-            "raise the budget"
+            f"{self.most_latency:.3g} ms are allowed ({1 - _HELD:.0%} is held back); measure on a quieter "
+            "machine or raise the budget"
         )
 
     @contextmanager
