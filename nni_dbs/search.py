@@ -88,15 +88,9 @@ class Searcher(ABC):
             raise TrainingError(
                 f"a network scored {score}; look at the loss, and leave out what cannot be evaluated"
             )
-        check_widths(self.space.groups, widths)
-        widths = self.space.decode(self.space.encode(widths))
-        if widths not in self.space:
-            raise WidthError("a network that is not of this space was told; its widths must be choices")
-        if not self.bounds.fits(widths):
-            raise BudgetError("a network over the budget was told; only those inside of it can be chosen")
-        self.told[widths] = float(score)
+        self.told[self._checked(widths, "a network that was told")] = float(score)
 
-    def fit(self) -> None:  # noqa: B027
+    def fit(self) -> None:  # noqa: B027  # not abstract: only a searcher with a predictor has use for it
         """Learns from all that was told, where that takes time; ends a round."""
 
     def best(self) -> Widths:
@@ -154,6 +148,16 @@ class Searcher(ABC):
         choices, counts = self.space.padded_choices()
         chosen = (torch.rand(n, len(counts), generator=self.generator) * counts).long()
         return choices.gather(1, chosen.T).T
+
+    def _checked(self, widths: Mapping[str, int], what: str) -> Widths:
+        """A user's network of the space and inside of the budget, with all its groups."""
+        check_widths(self.space.groups, widths)
+        network = self.space.decode(self.space.encode(widths))
+        if network not in self.space:
+            raise WidthError(f"{what} is not of the space; its widths must be choices")
+        if not self.bounds.fits(network):
+            raise BudgetError(f"{what} is over the budget; only networks inside of it can be chosen")
+        return network
 
     def _projected(self, wishes: Tensor) -> list[Widths]:
         """Wishes (N, G) as networks, without repetitions."""

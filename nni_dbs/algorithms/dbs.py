@@ -21,14 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nni_dbs.cost import Bounds
-from nni_dbs.errors import BudgetError, ConfigError
+from nni_dbs.errors import ConfigError
 from nni_dbs.pool import draw, starting_points
 from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau, posterior
 from nni_dbs.projection import project_batch
 from nni_dbs.sampling import Step, draw_options, draw_paths, path_fair, sandwich, spfs, uniform
 from nni_dbs.search import Searcher
 from nni_dbs.space import Widths, WidthSpace
-from torch_pruning_adapters import WidthError, check_widths
 
 Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
 
@@ -250,15 +249,9 @@ class DBSSearch(Searcher):
         super().__init__(space, bounds, seed)
         if isinstance(points, int):
             points = starting_points(space, bounds, points, self.generator)
-        for widths in points:
-            check_widths(space.groups, widths)
-        self.points = [space.decode(space.encode(widths)) for widths in points]
+        self.points = [self._checked(widths, "a starting point of DBS") for widths in points]
         if not self.points:
             raise ConfigError("DBS needs starting points: give networks, or how many to draw")
-        if not all(widths in space for widths in self.points):
-            raise WidthError("a starting point of DBS is not of the space; its widths must be choices")
-        if not all(map(bounds.fits, self.points)):
-            raise BudgetError("a starting point of DBS is over the budget")
         self._points = set(self.points)
         self.latent = latent
         self.predictor = predictor or TransformerPredictor(space, bounds if latent else None, seed=seed)

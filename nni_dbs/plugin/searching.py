@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from abc import abstractmethod
@@ -104,8 +105,9 @@ class SearchPruner(WidthPruner):
         with self._stage("search"):
             searcher.fit()
             ranked = searcher.ranked()
-        best = [w for w in ranked if not leaves_room(w, self.space, self.bounds)] or ranked[:1]
-        chosen = best[0] if self.latency is None else self._in_time(best[:_MEASURED], searcher, tell)
+        full = (widths for widths in ranked if not leaves_room(widths, self.space, self.bounds))
+        best = list(itertools.islice(full, 1 if self.latency is None else _MEASURED)) or ranked[:1]
+        chosen = best[0] if self.latency is None else self._in_time(best, searcher, tell)
         self.counts["evaluations"] = len(searcher.told)
         return chosen
 
