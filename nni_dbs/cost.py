@@ -8,6 +8,9 @@ A layer's count is its weight's number of elements times the positions at which 
 weight's number of elements is a product of (at most two) linear functions of the widths. One analysis at
 full width gives the positions; the sum over all layers is a quadratic form in the widths. In units of each
 group's step its coefficients are integers, so float64 arithmetic on it is exact below 2**53.
+
+A residual block whose groups have width 0 is removed, and none of its layers costs anything: not their
+biases, and not the depthwise convolutions of the residual stream inside of it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -28,8 +31,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from nni_dbs.errors import BudgetError
-from torch_pruning_adapters import ChannelGroup, UnsupportedModelError, check_widths, shrink
+from torch_pruning_adapters import (
+    ChannelGroup,
+    UnsupportedModelError,
+    WidthError,
+    check_widths,
+    removed_blocks,
+    shrink,
+)
+from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Inputs, preserved
+from torch_pruning_adapters.group import lies_in
 
 NOT_COUNTED = (
     "aten::batch_norm",
@@ -73,11 +85,12 @@ class _Linear:
 
 @dataclass(frozen=True)
 class _Term:
-    """A layer's share: `coefficient` times the product of its factors."""
+    """A layer's share: `coefficient` times the product of its factors; nothing once `block` is removed."""
 
     layer: str
     coefficient: int
     factors: tuple[_Linear, ...]
+    block: str | None = None
 
 
 class PolynomialCost:
@@ -92,17 +105,31 @@ class PolynomialCost:
         self.groups = tuple(groups)
         self._terms = terms
         self._constant = constant
+        self._form = self._quadratic_form(terms, constant)  # (G + 1, G + 1)
+        self._steps = torch.tensor([g.step for g in self.groups], dtype=torch.float64)  # (G,)
+        column = {g.block: i for i, g in enumerate(self.groups)}  # a block's groups are 0 together
+        self._blocks = tuple(dict.fromkeys(t.block for t in terms if t.block is not None))  # K of them
+        self._columns = torch.tensor([column[b] for b in self._blocks], dtype=torch.long)  # (K,)
+        forms = [self._quadratic_form(t for t in terms if t.block == b) for b in self._blocks]
+        self._block_forms = torch.stack(forms) if forms else self._form.new_zeros(0, *self._form.shape)
+        touched = self._block_forms.any(dim=2).any(dim=0)  # (G + 1,)
+        around = [i for i, g in enumerate(self.groups) if g.block is None and touched[i]]
+        self._around = torch.tensor(around, dtype=torch.long)  # (C,) groups that blocks do not remove
+        kept = [*around, len(self.groups)]
+        self._left_forms = self._block_forms[:, kept][:, :, kept]  # (K, C + 1, C + 1)
+        self.full = self({})
+
+    def _quadratic_form(self, terms: Iterable[_Term], constant: int = 0) -> Tensor:
+        """The symmetric matrix (G + 1, G + 1) of terms; its last row and column stand for the constant 1."""
         size = len(self.groups)
-        form = np.zeros((size + 1, size + 1))  # the last row and column stand for the constant 1
+        form = np.zeros((size + 1, size + 1))
         form[size, size] += constant
         for term in terms:
             a, b = (*term.factors, _Linear(1), _Linear(1))[:2]
             for i, x in (*a.slopes, (size, a.constant)):
                 for j, y in (*b.slopes, (size, b.constant)):
                     form[i, j] += term.coefficient * x * y
-        self._form = torch.from_numpy((form + form.T) / 2)  # (G + 1, G + 1)
-        self._steps = torch.tensor([g.step for g in self.groups], dtype=torch.float64)  # (G,)
-        self.full = self({})
+        return torch.from_numpy((form + form.T) / 2)
 
     def __call__(self, widths: Mapping[str, int]) -> int:
         """The exact cost of a network; missing groups at full width.
@@ -113,27 +140,42 @@ class PolynomialCost:
         return sum(self.by_layer(widths).values()) + self._constant
 
     def by_layer(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Each layer's share of the cost, in the model's order."""
+        """Each layer's share of the cost, in the model's order; 0 in removed blocks."""
         check_widths(self.groups, widths)
+        removed = removed_blocks(self.groups, widths)
         units = [widths.get(g.name, g.size) // g.step for g in self.groups]
         shares: dict[str, int] = {}
         for term in self._terms:
             lengths = (f.constant + sum(slope * units[g] for g, slope in f.slopes) for f in term.factors)
-            shares[term.layer] = shares.get(term.layer, 0) + term.coefficient * math.prod(lengths)
+            share = 0 if term.block in removed else term.coefficient * math.prod(lengths)
+            shares[term.layer] = shares.get(term.layer, 0) + share
         return shares
 
     def batch(self, widths: Tensor) -> Tensor:
         """Costs (B,) float64 of widths (B, G), integer or real; differentiable.
 
-        Columns follow `groups`. Widths are not checked: real ones are relaxations.
+        Columns follow `groups`. Widths are not checked: real ones are relaxations. Exactly 0 removes a block,
+        and stands for all of its groups.
         """
         form, steps = self._form.to(widths.device), self._steps.to(widths.device)
         costs = []
         for part in widths.split(_CHUNK):
             units = part.to(torch.float64) / steps  # (b, G)
-            half = units @ form[:-1, :-1] + 2 * form[:-1, -1]
-            costs.append((half * units).sum(1) + form[-1, -1])
+            cost = _value(form, units)
+            costs.append(cost - self._left_over(units) if self._blocks else cost)
         return torch.cat(costs)
+
+    def _removed(self, units: Tensor) -> Tensor:
+        """Which blocks are removed: units (B, G) -> (B, K) bool."""
+        return units.index_select(1, self._columns.to(units.device)) == 0
+
+    def _left_over(self, units: Tensor) -> Tensor:
+        """What the form still counts of removed blocks: units (B, G) -> (B,)."""
+        removed = self._removed(units)
+        if not bool(removed.any()):
+            return units.new_zeros(())
+        around = units.index_select(1, self._around.to(units.device))
+        return (_values(self._left_forms.to(units.device), around) * removed).sum(1)
 
     def layers(self) -> dict[str, PolynomialCost]:
         """Each layer's share as a cost of its own, in the model's order; without the constant."""
@@ -142,14 +184,49 @@ class PolynomialCost:
             terms.setdefault(term.layer, []).append(term)
         return {layer: PolynomialCost(self.groups, of_layer) for layer, of_layer in terms.items()}
 
-    def expected(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """Expected costs (B,) of independent random widths with mean and variance (B, G).
+    def expected(self, mean: Tensor, variance: Tensor, present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Expected costs (B,) of independent random widths with mean and variance (B, G); differentiable.
 
         A layer whose input and output are one group costs E[c^2] = E[c]^2 + Var[c], not E[c]^2.
+
+        Args:
+            mean, variance: Of the widths; those of a block's groups given that it is there.
+            present: Residual block -> the probability (B,) that it is there, independent of the widths; one
+                that is not named is there for sure.
+
+        Raises:
+            WidthError: `present` names no residual block of the groups.
         """
-        own = self._form.diagonal()[:-1].to(mean.device)  # (G,)
-        units = variance.to(torch.float64) / self._steps.to(mean.device) ** 2
-        return self.batch(mean) + units @ own
+        self._check_blocks(present or {})
+        form, steps = self._form.to(mean.device), self._steps.to(mean.device)
+        units, squared = mean.to(torch.float64) / steps, variance.to(torch.float64) / steps**2
+        everything = _value(form, units) + squared @ form.diagonal()[:-1]
+        if not self._blocks:
+            return everything
+        forms = self._block_forms.to(mean.device)
+        blocks = _values(forms, units) + squared @ forms.diagonal(dim1=1, dim2=2)[:, :-1].T  # (B, K)
+        sure = blocks.new_ones(len(blocks))
+        there = torch.stack([(present or {}).get(b, sure).to(blocks) for b in self._blocks], dim=1)  # (B, K)
+        absent = (1 - there).masked_fill(self._removed(units), 1)
+        return everything - (absent * blocks).sum(1)
+
+    def _check_blocks(self, names: Iterable[str]) -> None:
+        known = {g.block: None for g in self.groups if g.block is not None}
+        for name in names:
+            if name not in known:
+                raise WidthError(f"no residual block {name!r} in these groups{nearest(name, known)}")
+
+
+def _value(form: Tensor, units: Tensor) -> Tensor:
+    """A quadratic form (G + 1, G + 1) of units (B, G): (B,)."""
+    half = units @ form[:-1, :-1] + 2 * form[:-1, -1]
+    return (half * units).sum(1) + form[-1, -1]
+
+
+def _values(forms: Tensor, units: Tensor) -> Tensor:
+    """Quadratic forms (K, G + 1, G + 1) of units (B, G): (B, K)."""
+    half = units @ forms[:, :-1, :-1] + 2 * forms[:, None, :-1, -1]  # (K, B, G)
+    return ((half * units).sum(2) + forms[:, None, -1, -1]).T
 
 
 def width_costs(groups: Iterable[ChannelGroup]) -> dict[str, PolynomialCost]:
@@ -188,11 +265,12 @@ class ParamsCost(PolynomialCost):
 
     def __init__(self, model: nn.Module, groups: Iterable[ChannelGroup]) -> None:
         groups = tuple(groups)
-        lengths = _dimension_lengths(groups)
+        lengths, block_of = _dimension_lengths(groups), _block_finder(groups)
         terms = []
         for name, parameter in model.named_parameters():
             layer, _, attribute = name.rpartition(".")
-            terms.append(_numel_term(layer, parameter, lengths.get((layer, attribute), {}), 1))
+            dims = lengths.get((layer, attribute), {})
+            terms.append(_numel_term(layer, parameter, dims, 1, block_of(layer)))
         super().__init__(groups, terms)
 
 
@@ -211,10 +289,16 @@ class FlopsCost(PolynomialCost):
     def __init__(self, model: nn.Module, example_inputs: Inputs, groups: Iterable[ChannelGroup]) -> None:
         groups = tuple(groups)
         counts = count_by_module(model, example_inputs)
-        lengths = _dimension_lengths(groups)
+        lengths, block_of = _dimension_lengths(groups), _block_finder(groups)
+        blocks = {g.block for g in groups}
         terms = []
+        products = _products(model, "", counts)
+        constant = products
         for name, module in model.named_modules():
-            if isinstance(module, (_ConvNd, nn.Linear)) and counts.get(name):
+            if name in blocks and (in_block := _products(module, name, counts)):
+                terms.append(_Term(name, in_block, (), name))
+                constant -= in_block
+            if _is_counted(module) and counts.get(name):
                 weight = module.weight
                 positions, remainder = divmod(counts[name], weight.numel())
                 if remainder:
@@ -222,20 +306,30 @@ class FlopsCost(PolynomialCost):
                         f"fvcore counts {counts[name]} multiply-adds for {name!r}, which is no multiple of "
                         f"its {weight.numel()} weights"
                     )
-                terms.append(_numel_term(name, weight, lengths.get((name, "weight"), {}), positions))
-        in_layers = sum(counts[t.layer] for t in terms)
-        super().__init__(groups, terms, counts[""] - in_layers)
-        if self._constant:
-            self._check_constant(model, example_inputs)
+                dims = lengths.get((name, "weight"), {})
+                terms.append(_numel_term(name, weight, dims, positions, block_of(name)))
+        super().__init__(groups, terms, constant)
+        if products:
+            self._check_products(model, example_inputs, products)
 
-    def _check_constant(self, model: nn.Module, example_inputs: Inputs) -> None:
+    def _check_products(self, model: nn.Module, example_inputs: Inputs, products: int) -> None:
         narrow = {g.name: max(g.size // 2 // g.step, 1) * g.step for g in self.groups if g.frozen is None}
         found = count_flops(shrink(model, self.groups, narrow), example_inputs)
         if found != self(narrow):
             raise UnsupportedModelError(
-                f"{self._constant} multiply-adds lie in matrix products outside of layers and depend on "
+                f"{products} multiply-adds lie in matrix products outside of layers and depend on "
                 "the widths, which this cost does not follow"
             )
+
+
+def _is_counted(module: nn.Module) -> bool:
+    return isinstance(module, (_ConvNd, nn.Linear))
+
+
+def _products(module: nn.Module, name: str, counts: Mapping[str, int]) -> int:
+    """Multiply-adds of matrix products outside of layers, under a module of this dotted name."""
+    layers = (n for n, m in module.named_modules(prefix=name) if _is_counted(m))
+    return counts.get(name, 0) - sum(counts.get(layer, 0) for layer in layers)
 
 
 def count_flops(model: nn.Module, example_inputs: Inputs) -> int:
@@ -321,12 +415,20 @@ def _dimension_lengths(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], 
     return lengths
 
 
-def _numel_term(layer: str, tensor: Tensor, dims: Mapping[int, _Linear], coefficient: int) -> _Term:
+def _block_finder(groups: Sequence[ChannelGroup]) -> Callable[[str], str | None]:
+    """Layer -> the residual block that it lies in."""
+    blocks = list(dict.fromkeys(g.block for g in groups if g.block is not None))
+    return lambda layer: next((b for b in blocks if lies_in(layer, [b])), None)
+
+
+def _numel_term(
+    layer: str, tensor: Tensor, dims: Mapping[int, _Linear], coefficient: int, block: str | None
+) -> _Term:
     """`coefficient` times the tensor's number of elements, as a function of the widths."""
     if len(dims) > 2:
         raise UnsupportedModelError(f"a tensor of {layer!r} is cut along {len(dims)} dimensions")
     fixed = math.prod(n for d, n in enumerate(tensor.shape) if d not in dims)
-    return _Term(layer, coefficient * fixed, tuple(dims[d] for d in sorted(dims)))
+    return _Term(layer, coefficient * fixed, tuple(dims[d] for d in sorted(dims)), block)
 
 
 _SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

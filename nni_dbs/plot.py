@@ -54,9 +54,9 @@ def plot_widths(full: Mapping[str, int], kept: Mapping[str, int], title: str = "
     """
     _check_names(full, kept)
     for name, width in full.items():
-        if not 1 <= kept[name] <= width:
+        if not 0 <= kept[name] <= width:
             raise ValueError(
-                f"kept widths lie between 1 and the full width; {name} keeps {kept[name]} of {width}"
+                f"kept widths lie between 0 and the full width; {name} keeps {kept[name]} of {width}"
             )
 
     names, before, after = list(full), list(full.values()), [kept[name] for name in full]
@@ -167,7 +167,7 @@ def _columns(names: Sequence[str], before: Sequence[int], after: Sequence[int]) 
     top.set_ylabel("width (channels)")
     if max(before) >= LOG_FROM * min(before):
         top.set_ylabel("width (channels, log scale)")
-        _log_scale(top, min(after))
+        _log_scale(top, min((width for width in after if width), default=1))
     bottom.bar(places, [b / a for a, b in zip(before, after, strict=True)], width=0.8, color=colours)
     bottom.set_ylim(0, 1)
     bottom.set_yticks((0, 0.5, 1))

@@ -23,8 +23,10 @@ from torch_pruning_adapters import (
     channel_order,
     check_widths,
     kept_channels,
+    removed_blocks,
     shrink,
 )
+from torch_pruning_adapters.group import lies_in
 from torch_pruning_adapters.importance import Order, check_orders
 from torch_pruning_adapters.surgery import check_model, keep_mask, kept_entries, layer_axes, select
 
@@ -77,6 +79,7 @@ class Slimmable(nn.Module):
         self.widths = dict(widths)
         check_widths(self.groups, self.widths)
         self._narrowed = [g for g in self.groups if self.widths.get(g.name, g.size) < g.size]
+        self._removed = removed_blocks(self.groups, self.widths)
         check_model(dict(model.named_modules()), self._narrowed)
         self.order = check_orders(
             self._narrowed, channel_order(model, self._narrowed) if order is None else order
@@ -134,7 +137,7 @@ class Slimmable(nn.Module):
     def _shared_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and buffers of the full network that the small one has none of its own for."""
         for layer, module in self.model.named_modules():
-            if layer not in self._private:
+            if layer not in self._private and not lies_in(layer, self._removed):
                 for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                     if tensor is not None:
                         yield _full_name(layer, name), tensor

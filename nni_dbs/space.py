@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from torch_pruning_adapters import ChannelGroup, WidthError, check_widths, find_channel_groups
+from torch_pruning_adapters import ChannelGroup, WidthError, check_width, find_channel_groups
+from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Inputs
 
 ROUNDING = 1e-9  # slack for ratios: 0.57 * 100 is below 57
@@ -106,7 +107,8 @@ class WidthSpace:
             kept = [w for w in self._choices[g.name] if low - ROUNDING <= w / g.size <= high + ROUNDING]
             if not kept:
                 widest = math.floor((high + ROUNDING) * g.size / g.step) * g.step
-                if g.frozen or widest < max((low - ROUNDING) * g.size, g.step):
+                fixed = g.frozen is not None or self._choices[g.name] == (0,)
+                if fixed or widest < max((low - ROUNDING) * g.size, g.step):
                     raise WidthError(
                         f"group {g.name!r} ({g.size} channels, step {g.step}) has no width between "
                         f"{low:.0%} and {high:.0%}"
@@ -119,17 +121,48 @@ class WidthSpace:
         """The same groups with given choices; groups that are not named keep theirs.
 
         Raises:
-            WidthError: Not a group, no choice, or a width that the group cannot take.
+            WidthError: Not a group, no choice, or a width that the group cannot take. Width 0 removes the
+                group's residual block; where other groups belong to it, 0 must be the only choice of all.
         """
+        by_name = {g.name: g for g in self.groups}
         space = WidthSpace(self.groups)
         space._choices = dict(self._choices)
         for name, widths in choices.items():
+            if name not in by_name:
+                raise WidthError(f"no channel group {name!r} in this model{nearest(name, by_name)}")
             for width in (listed := tuple(sorted(set(widths)))):
-                check_widths(self.groups, {name: width})
+                check_width(by_name[name], width)
             if not listed:
                 raise WidthError(f"group {name!r} needs at least one choice")
             space._choices[name] = listed
+        space._check_blocks()
         return space
+
+    def without(self, blocks: Iterable[str]) -> WidthSpace:
+        """The part of the space in which these residual blocks are removed: width 0 for all their groups.
+
+        Raises:
+            WidthError: Not a residual block of the groups.
+        """
+        removed = tuple(blocks)
+        known = dict.fromkeys(g.block for g in self.groups if g.block is not None)
+        for block in removed:
+            if block not in known:
+                raise WidthError(
+                    f"no residual block {block!r} in these groups{nearest(block, known)}; "
+                    "find_residual_blocks() finds those that can be removed"
+                )
+        return self.among({g.name: (0,) for g in self.groups if g.block in removed})
+
+    def _check_blocks(self) -> None:
+        """Refuses choices from which one group of a block could get width 0 and another one not."""
+        for block in {g.block: None for g in self.groups if 0 in self._choices[g.name]}:
+            choices = {g.name: self._choices[g.name] for g in self.groups if g.block == block}
+            if len(choices) > 1 and any(c != (0,) for c in choices.values()):
+                raise WidthError(
+                    f"block {block!r} goes as a whole: offer 0, and nothing else, for all of its groups "
+                    f"({', '.join(choices)}), as without([{block!r}]) does"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

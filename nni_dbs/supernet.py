@@ -4,7 +4,7 @@ A `Supernet` changes nothing in the model. For the duration of a `with` block, t
 that channel groups touch is replaced, and it comes back when the block ends, however it ends:
 
 - `at(widths)` runs them *sliced*, on the active part of each parameter and buffer, at the cost of the narrow
-  network;
+  network, and skips residual blocks of width 0;
 - `gated(gates)` multiplies what each layer reads by differentiable factors, at the cost of the full network;
 - `parallel(networks)` runs several networks at once, each on its part of the batch.
 """
@@ -25,10 +25,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_dbs.errors import DataError
-from torch_pruning_adapters import ChannelGroup, WidthError, channel_order, check_widths, prefix_order
+from torch_pruning_adapters import (
+    ChannelGroup,
+    WidthError,
+    channel_order,
+    check_widths,
+    prefix_order,
+    removed_blocks,
+)
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.importance import Order, check_orders
-from torch_pruning_adapters.surgery import check_model, cut_sizes, keep_mask, kept_entries, layer_axes
+from torch_pruning_adapters.surgery import (
+    axes_outside,
+    check_model,
+    cut_sizes,
+    keep_mask,
+    kept_entries,
+    layer_axes,
+)
 
 Forward = Callable[..., Any]
 _saved_tensor_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
@@ -86,6 +100,14 @@ class Supernet:
         self.order = check_orders(self.groups, order)
         self._axes = layer_axes(self.groups)
 
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules that training the supernet trains."""
+        return self.model.modules()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters that training the supernet trains."""
+        return self.model.parameters()
+
     @property
     def recomputes(self) -> bool:
         """Whether a layer of the running block ran without a graph or under saved-tensor hooks.
@@ -127,13 +149,7 @@ class Supernet:
         Raises:
             WidthError: Unknown group, or a width that the group cannot take.
         """
-        kept = self._kept(widths)
-        narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
-        axes = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
-        forwards: dict[nn.Module, _Replacement] = {}
-        for layer, entries in kept_entries(axes, keep_mask(self.groups, kept)).items():
-            module = _submodule(self.model, layer)
-            forwards[module] = _Sliced(module, entries, cuts)
+        forwards = self._sliced(widths, cuts)
         for module in self.model.modules() if cuts is not None else ():
             if module not in forwards and any(p is not None for p in module._parameters.values()):
                 forwards[module] = _Sliced(module, {}, cuts)
@@ -187,7 +203,7 @@ class Supernet:
             The model.
 
         Raises:
-            WidthError: As for `at`.
+            WidthError: As for `at`, or widths remove residual blocks.
             DataError: In the forward pass, if the batch is not divisible.
         """
         if not networks:
@@ -203,8 +219,18 @@ class Supernet:
             yield self.model
 
     def gates_of(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
-        """Gates of 0 and 1 that stand for hard widths: name of each group that is not frozen -> (C,)."""
+        """Gates of 0 and 1 that stand for hard widths: name of each group that is not frozen -> (C,).
+
+        Raises:
+            WidthError: As for `at`, or the widths remove residual blocks.
+        """
         kept = self._kept(widths)
+        removed = removed_blocks(self.groups, widths)
+        if removed:
+            raise WidthError(
+                f"gates cannot remove residual blocks ({', '.join(removed)} have width 0), they leave the "
+                "constants that their layers add; use at() or shrink()"
+            )
         parameter = next(self.model.parameters())
         gates = {}
         for g in self.groups:
@@ -217,6 +243,23 @@ class Supernet:
         """Factors of a group's channels from most to least important (..., C), in the network's order."""
         rank = np.argsort(self.order[name])
         return factors.index_select(-1, torch.from_numpy(rank).to(factors.device))
+
+    def _sliced(
+        self, widths: Mapping[str, int], cuts: list[Cut] | None = None
+    ) -> dict[nn.Module, _Replacement]:
+        """What the layers that narrow do instead, and what removed blocks do."""
+        kept = self._kept(widths)
+        narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
+        removed = removed_blocks(self.groups, widths)
+        touched = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
+        axes = axes_outside(touched, removed)
+        forwards: dict[nn.Module, _Replacement] = {
+            _submodule(self.model, block): _Removed() for block in removed
+        }
+        for layer, entries in kept_entries(axes, keep_mask(self.groups, kept)).items():
+            module = _submodule(self.model, layer)
+            forwards[module] = _Sliced(module, entries, cuts)
+        return forwards
 
     def _kept(self, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
         """The channels of each group that stay, ascending."""
@@ -291,6 +334,13 @@ class _Replacement:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.forward.__self__, self.forward.__name__)  # type: ignore[attr-defined]
+
+
+class _Removed(_Replacement):
+    """A residual block without its branch."""
+
+    def run(self, x: Tensor) -> Tensor:
+        return x
 
 
 class _Sliced(_Replacement):

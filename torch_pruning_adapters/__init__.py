@@ -6,11 +6,12 @@ Useful on its own: neither NNI nor `nni_dbs` is needed.
     small = shrink(model, groups, {g.name: g.size // 2 for g in groups if g.frozen is None})
 """
 
+from torch_pruning_adapters.blocks import find_residual_blocks
 from torch_pruning_adapters.errors import UnsupportedModelError, WidthError
 from torch_pruning_adapters.group import ChannelGroup, Member, Span
 from torch_pruning_adapters.groups import find_channel_groups
 from torch_pruning_adapters.importance import bn_scale, channel_order, l1_norm, l2_norm, prefix_order
-from torch_pruning_adapters.surgery import check_widths, kept_channels, shrink
+from torch_pruning_adapters.surgery import check_width, check_widths, kept_channels, removed_blocks, shrink
 
 __all__ = [
     "ChannelGroup",
@@ -20,11 +21,14 @@ __all__ = [
     "WidthError",
     "bn_scale",
     "channel_order",
+    "check_width",
     "check_widths",
     "find_channel_groups",
+    "find_residual_blocks",
     "kept_channels",
     "l1_norm",
     "l2_norm",
     "prefix_order",
+    "removed_blocks",
     "shrink",
 ]

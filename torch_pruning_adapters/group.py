@@ -6,7 +6,7 @@ and applied to any other instance of the same architecture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -86,6 +86,8 @@ class ChannelGroup:
         step: A width must be a multiple of it (grouped convolutions keep equally many in each group).
         members: Every layer that the group touches.
         frozen: `None`, or why the group must keep its full width.
+        block: Dotted name of the residual block that is removed where the group has width 0; `None`: it
+            cannot have that. See `find_residual_blocks`.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ChannelGroup:
     step: int
     members: tuple[Member, ...]
     frozen: str | None = None
+    block: str | None = None
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -128,6 +131,11 @@ class ChannelGroup:
             for m in data["members"]
         )
         return cls(**{**data, "members": members})
+
+
+def lies_in(layer: str, blocks: Iterable[str]) -> bool:
+    """Whether a layer is one of the blocks or inside of one, by dotted names."""
+    return any(layer == block or layer.startswith(f"{block}.") for block in blocks)
 
 
 def spans_of(index: np.ndarray, root: np.ndarray) -> tuple[Span, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torch_pruning_adapters.errors import WidthError, nearest
 from torch_pruning_adapters.graph import is_depthwise
-from torch_pruning_adapters.group import ChannelGroup, Member
+from torch_pruning_adapters.group import ChannelGroup, Member, lies_in
 from torch_pruning_adapters.importance import Order, channel_order, check_orders
 
 Kept = dict[str, np.ndarray]
@@ -33,7 +33,8 @@ def shrink(
 
     Every tensor is sliced once, and full-size weights are never copied. The model itself is not touched,
     not even read beyond its structure and the kept weights. Use it to turn searched widths into a plain
-    module; make a new optimizer for it, the parameters are new objects.
+    module; make a new optimizer for it, the parameters are new objects. Residual blocks whose groups have
+    width 0 become `nn.Identity`.
 
     Args:
         model: The model that `groups` were found on, or another instance of its architecture.
@@ -54,16 +55,19 @@ def shrink(
         order = channel_order(model, narrowed)
     kept = kept_channels(narrowed, widths, order)
 
-    memo: dict[int, object] = {}
+    removed = removed_blocks(narrowed, widths)
+    memo: dict[int, object] = {id(modules[block]): nn.Identity() for block in removed}
     lengths: dict[str, int] = {}
     keep = keep_mask(narrowed, kept)
-    for layer, tensors in kept_entries(layer_axes(narrowed), keep).items():
+    for layer, tensors in kept_entries(axes_outside(layer_axes(narrowed), removed), keep).items():
         for name, entries in tensors.items():
             tensor = getattr(modules[layer], name, None)
             if tensor is not None:
                 memo[id(tensor)] = _slice(tensor, entries)
             lengths[layer] = len(next(iter(entries.values())))
     small = _copy(model, memo)
+    for block in removed:
+        cast(nn.Module, memo[id(modules[block])]).training = modules[block].training
     for layer, length in lengths.items():
         module = cast(nn.Module, memo[id(modules[layer])])
         weight = getattr(module, "weight", None)
@@ -72,26 +76,50 @@ def shrink(
 
 
 def check_widths(groups: Iterable[ChannelGroup], widths: Mapping[str, int]) -> None:
-    """Raises `WidthError` unless every width belongs to a group and is one that it can take."""
+    """Raises `WidthError` unless every width belongs to a group and is one that it can take.
+
+    Width 0 removes the group's residual block, so all groups of the block must have it.
+    """
     by_name = {g.name: g for g in groups}
+    removed = set()
     for name, width in widths.items():
         if name not in by_name:
             raise WidthError(
                 f"no channel group {name!r} in this model{nearest(name, by_name)}; "
                 "the widths were made for another model"
             )
-        g = by_name[name]
-        if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
-            raise WidthError(f"group {name!r} cannot have {width!r} channels, only a whole number")
-        if width == g.size:
-            continue
-        if g.frozen is not None:
-            raise WidthError(f"group {name!r} keeps its {g.size} channels: {g.frozen}")
-        if not 0 < width < g.size or width % g.step:
-            multiple = f" multiples of {g.step}" if g.step > 1 else ""
+        check_width(by_name[name], width)
+        if width == 0:
+            removed.add(by_name[name].block)
+    for g in by_name.values() if removed else ():
+        if g.block in removed and widths.get(g.name, g.size) != 0:
+            gone = next(n for n, w in widths.items() if w == 0 and by_name[n].block == g.block)
             raise WidthError(
-                f"group {name!r} cannot have {width} channels, only{multiple or ' widths'} up to {g.size}"
+                f"block {g.block!r} goes as a whole: group {gone!r} has width 0, but {g.name!r} has "
+                f"{widths.get(g.name, g.size)}; give both 0, or neither"
             )
+
+
+def check_width(group: ChannelGroup, width: int) -> None:
+    """Raises `WidthError` unless the group can take this width (0 only together with its whole block)."""
+    if isinstance(width, bool) or not isinstance(width, (int, np.integer)):
+        raise WidthError(f"group {group.name!r} cannot have {width!r} channels, only a whole number")
+    if width == group.size or (width == 0 and group.block is not None):
+        return
+    if group.frozen is not None:
+        raise WidthError(f"group {group.name!r} keeps its {group.size} channels: {group.frozen}")
+    if not 0 < width < group.size or width % group.step:
+        multiple = f" multiples of {group.step}" if group.step > 1 else ""
+        raise WidthError(
+            f"group {group.name!r} cannot have {width} channels, only{multiple or ' widths'} "
+            f"up to {group.size}"
+        )
+
+
+def removed_blocks(groups: Iterable[ChannelGroup], widths: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the residual blocks that these widths remove, in the order of the groups."""
+    gone = (g.block for g in groups if g.block is not None and widths.get(g.name, g.size) == 0)
+    return tuple(dict.fromkeys(gone))
 
 
 def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], order: Order) -> Kept:
@@ -132,6 +160,15 @@ def layer_axes(groups: Iterable[ChannelGroup]) -> dict[tuple[str, str], LayerAxi
             member.apply(numbers, channels)
         axes[key] = LayerAxis(parts[0][0], tuple(dict.fromkeys(name for _, name, _ in parts)), channels)
     return axes
+
+
+def axes_outside(
+    axes: Mapping[tuple[str, str], LayerAxis], blocks: Collection[str]
+) -> Mapping[tuple[str, str], LayerAxis]:
+    """The axes of layers that do not lie in any of these blocks."""
+    if not blocks:
+        return axes
+    return {key: axis for key, axis in axes.items() if not lies_in(key[0], blocks)}
 
 
 def keep_mask(groups: Iterable[ChannelGroup], kept: Kept) -> np.ndarray:
@@ -209,7 +246,7 @@ def _copy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
     usual = getattr(nn.Module, "__getstate__", None)
     plain = {
         m: m.__new__(type(m))
-        for m in model.modules()
+        for m in _modules_to_copy(model, memo)
         if getattr(type(m), "__getstate__", None) is usual and not hasattr(type(m), "__deepcopy__")
     }
     memo.update({id(m): shell for m, shell in plain.items()})
@@ -218,6 +255,13 @@ def _copy(model: nn.Module, memo: dict[int, object]) -> nn.Module:
             if name != "_compiled_call_impl":  # as in Module.__getstate__
                 shell.__dict__[name] = _copy_attribute(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def _modules_to_copy(module: nn.Module, memo: Mapping[int, object]) -> Iterator[nn.Module]:
+    """`module.modules()` without those that have their copy in `memo`, and what lies in these alone."""
+    replaced = [m for m in module.modules() if id(m) in memo]
+    inside = {m for block in replaced for m in block.modules()}
+    return (m for m in module.modules() if m not in inside)
 
 
 def _copy_attribute(value: Any, memo: dict[int, object]) -> Any:
