@@ -11,8 +11,9 @@ training. Not so, losses that differentiate by the parameters themselves.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -53,7 +54,75 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1).mean()
 
 
-class SupernetStep:
+class PatchedStep(ABC):
+    """Takes the place of a training step in any loop, and returns one loss like it.
+
+    `nni_dbs.plugin.evaluator` puts it into NNI's evaluators; `nni_dbs.training` saves its state and goes on.
+
+    Attributes:
+        supernet: Of the model that the training step trains.
+        training_step: Computes the loss of a batch: a tensor, a sequence whose first part it is, or a
+            mapping with the key `loss`.
+        distill: Loss of a network's logits given those of the first network, for distilled steps.
+        taken: Steps so far.
+    """
+
+    def __init__(self, supernet: Supernet, training_step: Callable[..., Any], distill: Distill) -> None:
+        self.supernet = supernet
+        self.training_step = training_step
+        self.distill = distill
+        self.taken = 0
+        self._scale = LossScale()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():  # an evaluation by the same function
+            return self.training_step(*args, **kwargs)
+        if any(isinstance(a, DistributedDataParallel) and a.static_graph for a in (*args, *kwargs.values())):
+            raise TrainingError(
+                "DistributedDataParallel with static_graph=True cannot run the several passes of a step; "
+                "build it without static_graph"
+            )
+        return self._take(args, kwargs)
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What the model's optimizer has to train beside the model."""
+        return {}
+
+    @abstractmethod
+    def _take(self, args: Any, kwargs: Any) -> Any:
+        """One step on the arguments of the training step: what that returns, with the loss of the step."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on: tensors, and what JSON can hold."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after that state; call it on a step made anew with the same seed."""
+
+    def _with_loss_of(
+        self, make_loss: Callable[[Callable[[], Tensor]], Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """The training step's output, whose loss is `make_loss` of a function that runs the step."""
+        first: list[Any] = []
+
+        def compute_loss() -> Tensor:
+            output = self.training_step(*map(_fresh, args), **{k: _fresh(v) for k, v in kwargs.items()})
+            if output is None and not first:
+                raise SkippedError
+            if not first:
+                first.append(output)
+            return _loss_of(output)
+
+        try:
+            loss = make_loss(compute_loss)
+        except SkippedError:
+            return None
+        return _with_loss(first[0], loss)
+
+
+class SupernetStep(PatchedStep):
     """A training step that trains, call by call, the networks of the next `Step`.
 
     Takes the place of a training step in any loop; `nni_dbs.plugin.evaluator.train_supernet` puts it into
@@ -84,32 +153,11 @@ class SupernetStep:
         training_step: Callable[..., Any],
         distill: Distill = kl_divergence,
     ) -> None:
-        self.supernet = supernet
+        super().__init__(supernet, training_step, distill)
         self.steps = iter(steps)
-        self.training_step = training_step
-        self.distill = distill
-        self.taken = 0
         self._last: Step | None = None
-        self._scale = LossScale()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # an evaluation by the same function
-            return self.training_step(*args, **kwargs)
-        if any(isinstance(a, DistributedDataParallel) and a.static_graph for a in (*args, *kwargs.values())):
-            raise TrainingError(
-                "DistributedDataParallel with static_graph=True cannot run the several passes of a step; "
-                "build it without static_graph"
-            )
-        first: list[Any] = []
-
-        def compute_loss() -> Tensor:
-            output = self.training_step(*map(_fresh, args), **{k: _fresh(v) for k, v in kwargs.items()})
-            if output is None and not first:
-                raise _SkippedError
-            if not first:
-                first.append(output)
-            return _loss_of(output)
-
+    def _take(self, args: Any, kwargs: Any) -> Any:
         try:
             self._last = step = next(self.steps)
         except StopIteration:
@@ -117,11 +165,11 @@ class SupernetStep:
                 f"the rule ended after {self.taken} steps; give an endless one, as in nni_dbs.sampling"
             ) from None
         self.taken += 1
-        try:
-            loss = step_loss(self.supernet, step, compute_loss, self.distill, self._scale)
-        except _SkippedError:
-            return None
-        return _with_loss(first[0], loss)
+        return self._with_loss_of(
+            lambda compute_loss: step_loss(self.supernet, step, compute_loss, self.distill, self._scale),
+            args,
+            kwargs,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What a rule needs to go on, if its generator is seeded alike; JSON."""
@@ -147,7 +195,7 @@ class SupernetStep:
             )
 
 
-class _SkippedError(Exception):
+class SkippedError(Exception):
     """The training step returned None, which skips a batch in Lightning."""
 
 
@@ -211,6 +259,27 @@ def step_loss(
         total = loss if total is None else total + loss
     assert total is not None
     return gradients.hand_over(total)
+
+
+def pass_loss(
+    supernet: Supernet,
+    block: AbstractContextManager[Any],
+    compute_loss: Callable[[], Tensor],
+    scale: LossScale | None = None,
+) -> Tensor:
+    """The loss of one pass inside of a block, whose `backward` may come after the block.
+
+    Args:
+        supernet: Of the model that `compute_loss` runs.
+        block: Of the supernet, such as `supernet.gated(gates)`.
+        compute_loss, scale: As for `step_loss`.
+    """
+    gradients = _Gradients(supernet, scale or LossScale())
+    with block, _recorded(supernet.model) as record:
+        loss = compute_loss()
+        if supernet.recomputes:
+            loss = gradients.take(loss, (), record)
+    return gradients.hand_over(loss)
 
 
 def _parallel_loss(
@@ -363,7 +432,7 @@ class _Gradients:
     """The gradients of passes, added up until `backward` reaches the loss of the step."""
 
     def __init__(self, supernet: Supernet, scale: LossScale) -> None:
-        self.parameters = [p for p in supernet.model.parameters() if p.requires_grad]
+        self.parameters = [p for p in supernet.parameters() if p.requires_grad]
         self.scale = scale
         self.unit = scale.value  # everything here is multiplied by it
         self.of: dict[Tensor, Tensor] = {}

@@ -20,7 +20,7 @@ from nni_dbs.config import Recipe
 from nni_dbs.data import loader
 from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.files import write
-from nni_dbs.steps import SupernetStep, kl_divergence, logits_of
+from nni_dbs.steps import PatchedStep, kl_divergence, logits_of
 
 Batch = tuple[Tensor, Tensor]
 
@@ -40,14 +40,20 @@ def training_step(label_smoothing: float) -> Callable[[Batch, nn.Module], Tensor
 
     def step(batch: Batch, model: nn.Module) -> Tensor:
         images, labels = batch
-        outputs = model(images)
-        heads = [outputs] if isinstance(outputs, Tensor) else [o for o in outputs if o is not None]
-        losses = [
-            nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing) for logits in heads
-        ]
-        return torch.stack([losses[0], *(0.3 * loss for loss in losses[1:])]).sum()
+        logits, *others = _heads(model(images))
+        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return loss + _auxiliary_loss(others, labels, label_smoothing)
 
     return step
+
+
+def _heads(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else [o for o in outputs if o is not None]
+
+
+def _auxiliary_loss(heads: list[Tensor], labels: Tensor, label_smoothing: float) -> Tensor:
+    losses = [nn.functional.cross_entropy(h, labels, label_smoothing=label_smoothing) for h in heads]
+    return 0.3 * torch.stack(losses).sum() if losses else torch.zeros((), device=labels.device)
 
 
 def distilling_step(label_smoothing: float) -> Callable[[Batch, nn.Module], Tensor]:
@@ -58,6 +64,54 @@ def distilling_step(label_smoothing: float) -> Callable[[Batch, nn.Module], Tens
         full, small = map(logits_of, model(images))
         loss = nn.functional.cross_entropy(full, labels, label_smoothing=label_smoothing)
         return loss + kl_divergence(small, full)
+
+    return step
+
+
+def distillation_loss(
+    student: Tensor,
+    labels: Tensor,
+    teacher: Tensor,
+    weight: float = 0.9,
+    temperature: float = 4.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """(1 - weight) CE(student, labels) + weight T^2 KL(softmax(teacher / T) || softmax(student / T)).
+
+    Averaged over the batch (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015). The
+    defaults are those by which TAS trains its found networks. No gradient reaches the teacher.
+
+    Args:
+        student, teacher: Logits (B, K).
+        labels: (B,)
+        weight: Of the teacher, in [0, 1].
+        temperature: T; above 1 the teacher's small probabilities count more.
+        label_smoothing: Of the cross-entropy.
+
+    Raises:
+        TrainingError: Outputs that are no such logits.
+    """
+    soft = temperature**2 * kl_divergence(student / temperature, teacher / temperature)
+    hard = nn.functional.cross_entropy(student, labels, label_smoothing=label_smoothing)
+    return (1 - weight) * hard + weight * soft
+
+
+def taught_step(
+    teacher: nn.Module, weight: float = 0.9, temperature: float = 4.0, label_smoothing: float = 0.0
+) -> Callable[[Batch, nn.Module], Tensor]:
+    """The loss of a batch for a network that a teacher (in eval mode, without gradients) helps to train.
+
+    Auxiliary heads learn from the labels alone. See `distillation_loss`.
+    """
+    teacher.eval()
+
+    def step(batch: Batch, model: nn.Module) -> Tensor:
+        images, labels = batch
+        logits, *others = _heads(model(images))
+        with torch.no_grad():
+            taught = logits_of(teacher(images))
+        loss = distillation_loss(logits, labels, taught, weight, temperature, label_smoothing)
+        return loss + _auxiliary_loss(others, labels, label_smoothing)
 
     return step
 
@@ -97,7 +151,7 @@ def training_loop(
     """A `training_func` for `TorchEvaluator` that follows `recipe`.
 
     With `max_steps` it stops there. With a `checkpoint` it writes model, momentum and epoch (of a
-    `SupernetStep`, its progress too) after every epoch of a run without `max_steps`, and continues from
+    `PatchedStep`, its state too) after every epoch of a run without `max_steps`, and continues from
     what it finds: on a CPU to the same weights as an uninterrupted run, since each epoch seeds its own
     order, augmentation and dropout.
     """
@@ -168,15 +222,20 @@ def accuracy(
 
 
 def save_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, epoch: int, step: Any = None) -> None:
-    """Model, momentum, number of finished epochs and the step's state (JSON), in one safetensors file."""
+    """Model, momentum, number of finished epochs and a `PatchedStep`'s state, in one safetensors file."""
     tensors = {f"model.{name}": tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model, step).items():
         momentum = optimizer.state[parameter].get("momentum_buffer")
         if momentum is not None:
             tensors[f"momentum.{name}"] = momentum.contiguous()
     progress: dict[str, Any] = {"epoch": epoch}
-    if isinstance(step, SupernetStep):
-        progress["step"] = step.state_dict()
+    if isinstance(step, PatchedStep):
+        progress["step"] = {}
+        for name, value in step.state_dict().items():
+            if isinstance(value, Tensor):
+                tensors[f"step.{name}"] = value.detach().contiguous()
+            else:
+                progress["step"][name] = value
     metadata = {"progress": json.dumps(progress)}
     write(path, lambda temporary: save_file(tensors, str(temporary), metadata))
 
@@ -193,25 +252,33 @@ def load_checkpoint(
         with safe_open(str(path), "pt") as file:
             progress = json.loads(file.metadata()["progress"])
             epoch = progress["epoch"]
-            if step is not None and ("step" in progress) != isinstance(step, SupernetStep):
+            if step is not None and ("step" in progress) != isinstance(step, PatchedStep):
                 raise ValueError("it was written by another kind of training step")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        model.load_state_dict(
-            {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        )
-        if isinstance(step, SupernetStep):
-            step.load_state_dict(progress["step"])
+        model.load_state_dict(_below("model.", tensors))
+        if isinstance(step, PatchedStep):
+            step.load_state_dict({**progress["step"], **_below("step.", tensors)})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ResultError(
             f"cannot resume from {path}: {reason}; delete it to start this stage again"
         ) from error
     if optimizer is not None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in _trained(model, step).items():
             if f"momentum.{name}" in tensors:
                 momentum = tensors[f"momentum.{name}"].to(parameter.device)
                 optimizer.state[parameter]["momentum_buffer"] = momentum
     return epoch
+
+
+def _trained(model: nn.Module, step: Any) -> dict[str, nn.Parameter]:
+    """The parameters of a training, the model's own and those that a step adds, by distinct names."""
+    added = step.parameters if isinstance(step, PatchedStep) else {}
+    return {**dict(model.named_parameters()), **{f"+{name}": p for name, p in added.items()}}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _epoch(

@@ -16,7 +16,7 @@ ROOT = Path(nni_dbs.__file__).parents[1]
 LAYERS = (
     ("errors", "files"),
     ("space", "cost"),
-    ("supernet", "latency", "projection", "pool", "slimmable", "sampling", "steps", "evaluate"),
+    ("supernet", "latency", "projection", "pool", "slimmable", "sampling", "steps", "bilevel", "evaluate"),
     ("algorithms", "predict", "search"),
     ("models", "result", "config", "data", "training", "plot", "plot_search", "report"),
     ("plugin",),

@@ -26,15 +26,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, cosine, scaled_rate
 from nni_dbs.cost import Bounds, PolynomialCost
 from nni_dbs.errors import ConfigError
 from nni_dbs.projection import project_batch
+from nni_dbs.sampling import Step
 from nni_dbs.space import Widths, WidthSpace
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import ChannelGroup
 
 _CLAMP = 8.0  # sigmoid(8) = 0.9997: near enough to 1, and the gradient is not yet lost
 _SLACK = 0.05  # of the budget, below it: where `budget_loss` is at rest
+_STEPS = 25_000  # on the chains, in the reference's ImageNet training
 _SPARE = 10  # samples to project for each network that is missing, as projections may coincide
 
 
@@ -168,9 +171,10 @@ class MarkovWidths(nn.Module):
         supernet's order (the paper's nested widths: `prefix_order`).
 
         Returns:
-            Group name -> (C,) float64; not for groups that are always at full width.
+            Group name -> (C,) float64 on the model's device; not for groups that are always at full width.
         """
-        factors = self._bin_gates().flatten()[self.channel].split(list(self._gated.values()))
+        device = next(supernet.parameters()).device
+        factors = self._bin_gates().flatten()[self.channel].to(device).split(list(self._gated.values()))
         return {name: supernet.by_rank(name, f) for name, f in zip(self._gated, factors, strict=True)}
 
     def _bin_gates(self) -> Tensor:
@@ -325,3 +329,73 @@ def direct_samples(
 def _distinct(networks: Tensor) -> dict[tuple[float, ...], None]:
     """Networks (N, G) without repetitions, in their order."""
     return dict.fromkeys(map(tuple, networks.tolist()))
+
+
+class DMCPSearch(ArchitectureSearch):
+    """DMCP's training: a sandwich of sub-networks for the weights; in the second half, steps on the chains.
+
+    Each step trains the widest network on the labels, and by it the narrowest and two random ones. In the
+    second half a step on the chains, on the same batch, goes before it; from then on a random network is
+    drawn uniformly with probability exp(-t / 2), where t rises from 0 to 1 (the reference's decay over its
+    ImageNet training), else from the chains. The chains' learning rate falls from `lr` to a fifth of it.
+
+    Args:
+        supernet: Of the model; `prefix_order` is the paper's, which trains from scratch.
+        space, bounds: Allowed widths and budget.
+        steps: On the weights, altogether.
+        seed: Of the random networks.
+        limit: See `MarkovWidths`.
+        weight: Of the budget's loss.
+        lr: Of the chains. Default: the reference's 0.5 for its 25,000 steps, and more for shorter searches
+            (`scaled_rate`), up to 5.
+    """
+
+    bilevel = False
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        space: WidthSpace,
+        bounds: Bounds,
+        *,
+        steps: int,
+        seed: int = 0,
+        limit: int = 10,
+        weight: float = 0.1,
+        lr: float | None = None,
+    ) -> None:
+        self.chains = MarkovWidths(space, limit)
+        self.lr = scaled_rate(0.5, steps // 2, _STEPS, most=5.0) if lr is None else lr
+        optimizer = torch.optim.SGD(self.chains.parameters(), self.lr, momentum=0.9, nesterov=True)
+        super().__init__(supernet, self.chains, optimizer, torch.Generator().manual_seed(seed))
+        self.space = space
+        self.bounds = bounds
+        self.weight = weight
+
+    def due(self, taken: int, progress: float) -> bool:
+        return progress >= 0.5
+
+    def weights_pass(self, progress: float) -> Step:
+        random = self._random(progress), self._random(progress)
+        return Step((self.space.largest(), self.space.smallest(), *random), distilled=True)
+
+    def architecture_step(self, compute_loss: ComputeLoss, progress: float) -> None:
+        self._set_rate(cosine(2 * progress - 1, self.lr, self.lr / 5))
+        expected, most = expected_costs(self.chains.mean(), self.chains.variance(), self.bounds)
+        with self.supernet.gated(self.chains.gates(self.supernet)):
+            task = compute_loss()
+            self._descend(task + budget_loss(expected, most, self.weight).to(task), task)
+        self.chains.clamp_()
+        self._record(progress, task, (expected / most).max())
+
+    def networks(self, n: int) -> list[Widths]:
+        """The expected network; of several, the others are drawn from the chains."""
+        expected = expected_widths(self.chains, self.bounds)
+        drawn = direct_samples(self.chains, self.bounds, n, generator=self.generator) if n > 1 else []
+        return list(dict.fromkeys([expected, *drawn]))[:n]
+
+    def _random(self, progress: float) -> Widths:
+        uniform = math.exp(-max(2 * progress - 1, 0) / 2)
+        if float(torch.rand((), generator=self.generator)) < uniform:
+            return self.space.sample(self.generator)
+        return self.space.decode(self.chains.sample(1, self.generator)[0])

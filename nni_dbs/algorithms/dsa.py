@@ -34,6 +34,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -44,10 +45,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, scaled_rate
 from nni_dbs.cost import Bounds, Cost
 from nni_dbs.projection import project
 from nni_dbs.space import Widths, WidthSpace
-from torch_pruning_adapters import ChannelGroup, WidthError, bn_scale, l1_norm
+from nni_dbs.supernet import Supernet
+from torch_pruning_adapters import ChannelGroup, WidthError, bn_scale, channel_order, l1_norm
+from torch_pruning_adapters.importance import Order
 
 _RESIDUAL = 1e-12  # of the mean keep probability
 _BISECTIONS = 100
@@ -58,6 +62,7 @@ _SETTLED = 1e-11  # change of the ratios in a sweep
 _FAR = 2.0**60  # of a multiplier: as good as infinite
 _HALVINGS = 25  # of multipliers; the line between the last two is nearly the path itself
 _LINE_HALVINGS = 50
+_CHEAPEST = 0.01  # of a group in `cost_metric`
 _NOTHING = 1e-12  # in place of a zero that divides
 
 
@@ -255,6 +260,15 @@ def sharpened(
     return torch.where(strays, current.clamp(min=steepness(progress, last)), current)
 
 
+def balancing(gradient: Tensor) -> float:
+    """The rho at which a distance of 0.05 between a and z balances a gradient dL/da (K,), over the metric.
+
+    That of the median group; nearly full ones, which have no gradient, are left out. 1 if all are full.
+    """
+    sizes = gradient.detach().abs()
+    return float(sizes[sizes > 0].median()) / 0.05 if bool(sizes.any()) else 1.0
+
+
 Projection = Callable[[Tensor], Tensor]
 """Keep ratios (K,) to the nearest ones inside of a budget (K,)."""
 
@@ -272,28 +286,27 @@ class Splitting:
         u: (K,) scaled dual.
         rho: Weight of the pull; such that a distance of 0.05 balances the loss, see `begin`.
         most: The greatest rho that `stiffen` goes to.
+        metric: (K,) in which distances are measured: sum metric (a - z)^2. That of the projection.
     """
 
     z: Tensor
     u: Tensor
     rho: float
     most: float = math.inf
+    metric: Tensor | float = 1.0
 
     @classmethod
-    def begin(cls, a: Tensor, gradient: Tensor, projection: Projection) -> Splitting:
-        """At ratios a (K,), with the loss's gradient dL/da (K,) there.
-
-        Groups without a gradient (nearly full ones have none) are left out when rho is chosen; if all are,
-        it is 1.
-        """
-        sizes = gradient.detach().abs()
-        rho = float(sizes[sizes > 0].median()) / 0.05 if bool(sizes.any()) else 1.0
+    def begin(
+        cls, a: Tensor, gradient: Tensor, projection: Projection, metric: Tensor | float = 1.0
+    ) -> Splitting:
+        """At ratios a (K,), with the loss's gradient dL/da (K,) there: rho is `balancing`."""
+        rho = balancing(gradient / metric)
         a = a.detach()
-        return cls(projection(a), torch.zeros_like(a), rho, 100 * rho)
+        return cls(projection(a), torch.zeros_like(a), rho, 100 * rho, metric)
 
     def penalty(self, a: Tensor) -> Tensor:
-        """rho / 2 |a - z + u|^2, whose gradient is rho (a - z + u); add it to the loss."""
-        return self.rho / 2 * ((a - self.z + self.u) ** 2).sum()
+        """rho / 2 |a - z + u|^2, whose gradient is rho metric (a - z + u); add it to the loss."""
+        return self.rho / 2 * (self.metric * (a - self.z + self.u) ** 2).sum()
 
     def update(self, a: Tensor, projection: Projection) -> float:
         """The steps on z and u; returns how far a and z are apart, at most over the groups."""
@@ -332,15 +345,17 @@ class BudgetProjection:
     Args:
         space: Gives lo and hi: the smallest and largest widths.
         bounds: The budget; the costs' `batch` must be differentiable.
+        metric: (K,) positive: |z - v|^2 stands for sum metric (z - v)^2. Default: 1 everywhere.
 
     Raises:
         BudgetError: Not even the smallest network keeps the budget.
         WidthError: No group has a choice.
     """
 
-    def __init__(self, space: WidthSpace, bounds: Bounds) -> None:
+    def __init__(self, space: WidthSpace, bounds: Bounds, metric: Tensor | None = None) -> None:
         bounds.check_reachable(space.smallest(), space.largest())
         groups = groups_with_choice(space)
+        self.metric = torch.ones(len(groups), dtype=torch.float64) if metric is None else metric
         position = {name: i for i, name in enumerate(space.names)}
         self._columns = torch.tensor([position[g.name] for g in groups])
         self._sizes = torch.tensor([g.size for g in groups], dtype=torch.float64)
@@ -374,14 +389,29 @@ class BudgetProjection:
         form = _Quadratic.of(share, self.hi)
         lo, hi = self.lo, self.hi
         if all(math.isclose(float(share(z)), form(z), rel_tol=1e-9) for z in (lo, (lo + hi) / 2)):
-            return lambda v, mu: form.minimiser(v, mu, lo, hi)
-        return lambda v, mu: (v - mu * _slope(share, v.clamp(lo, hi))).clamp(lo, hi)
+            return lambda v, mu: form.minimiser(v, mu, lo, hi, self.metric)
+        return lambda v, mu: (v - mu * _slope(share, v.clamp(lo, hi)) / self.metric).clamp(lo, hi)
 
 
 Share = Callable[[Tensor], Tensor]
 """Ratios (K,) to the share of a limit that they use, a scalar; differentiable."""
 
 Path = Callable[[Tensor, float], Tensor]
+
+
+def cost_metric(space: WidthSpace, bounds: Bounds) -> Tensor:
+    """The metric (K,) in which a step from the full network to the budget narrows all groups alike.
+
+    The slope of the tightest limit's cost at full width, 1 on the average. A group that many layers share
+    costs more for each of its channels, and is worth more; in the plain metric the projection would narrow
+    it first and most. (A reconstruction: what DSA measures distances in is not known.)
+    """
+    groups = groups_with_choice(space)
+    columns = [space.names.index(g.name) for g in groups]
+    widths = space.encode(space.largest()).requires_grad_()  # (G,)
+    (slope,) = torch.autograd.grad(bounds.used_batch(widths.unsqueeze(0)).sum(), widths)
+    per_ratio = (slope * widths.detach())[columns]  # (K,)
+    return (per_ratio / per_ratio.mean()).clamp(min=_CHEAPEST)
 
 
 def _slope(share: Share, z: Tensor) -> Tensor:
@@ -408,16 +438,16 @@ class _Quadratic(NamedTuple):
         x = z.numpy()
         return float(self.constant + self.slope @ x + x @ self.curvature @ x / 2)
 
-    def minimiser(self, v: Tensor, mu: float, lo: Tensor, hi: Tensor) -> Tensor:
+    def minimiser(self, v: Tensor, mu: float, lo: Tensor, hi: Tensor, metric: Tensor) -> Tensor:
         """Minimises |z - v|^2 / 2 + mu times this over lo <= z <= hi, one coordinate after another."""
         z = v.clamp(lo, hi).numpy().copy()
         own = self.curvature.diagonal()
-        limits = list(zip(v.tolist(), lo.tolist(), hi.tolist(), strict=True))
+        limits = list(zip(v.tolist(), lo.tolist(), hi.tolist(), metric.tolist(), strict=True))
         for _ in range(_SWEEPS):
             before = z.copy()
-            for i, (wish, least, most) in enumerate(limits):
+            for i, (wish, least, most, spring) in enumerate(limits):
                 others = self.slope[i] + self.curvature[i] @ z - own[i] * z[i]
-                z[i] = min(max((wish - mu * others) / (1 + mu * own[i]), least), most)
+                z[i] = min(max((spring * wish - mu * others) / (spring + mu * own[i]), least), most)
             if np.abs(z - before).max() < _SETTLED:
                 break
         return torch.from_numpy(z)
@@ -489,3 +519,134 @@ def harden(keep: Tensor, probabilities: Tensor, space: WidthSpace, bounds: Bound
 def _nearest(wanted: int, choices: Sequence[int]) -> int:
     """The choice nearest to a width, the narrower of two."""
     return min(choices, key=lambda width: abs(width - wanted))
+
+
+class DSASearch(ArchitectureSearch):
+    """DSA's training: weights under random masks, keep ratios on other data, the budget by splitting.
+
+    After a warm-up of the whole network, every step on the weights draws masks from the present importance
+    and ratios, and every `every`-th one goes after a step on the ratios. All of the schedule is a
+    reconstruction: the public code has none.
+
+    Args:
+        supernet: Of the model.
+        space, bounds: Allowed widths and budget.
+        steps: On the weights, altogether.
+        seed: Of the masks.
+        warmup: Share of the steps before the ratios move; 0 for a pretrained model.
+        every: Steps on the weights for each on the ratios.
+        interval: Steps on the ratios for each update of the splitting. Default: 10, and fewer where there
+            would be fewer than 30 updates.
+        lr: Of Adam on theta. Default: 0.01 for 3000 steps, and more for shorter searches (`scaled_rate`), up
+            to 0.2.
+        last: Steepness of the probabilities at the end.
+    """
+
+    bilevel = True
+
+    def __init__(
+        self,
+        supernet: Supernet,
+        space: WidthSpace,
+        bounds: Bounds,
+        *,
+        steps: int,
+        seed: int = 0,
+        warmup: float = 0.1,
+        every: int = 2,
+        interval: int | None = None,
+        lr: float | None = None,
+        last: float = 50.0,
+    ) -> None:
+        self.ratios = KeepRatios(space)
+        own_steps = int(steps * (1 - warmup)) // every
+        rate = scaled_rate(0.01, own_steps, 3000, most=0.2) if lr is None else lr
+        optimizer = torch.optim.Adam(self.ratios.parameters(), rate)
+        super().__init__(supernet, self.ratios, optimizer, torch.Generator().manual_seed(seed))
+        self.space = space
+        self.bounds = bounds
+        self.warmup = warmup
+        self.every = every
+        self.interval = min(10, max(1, own_steps // 30)) if interval is None else interval
+        self.last = last
+        self.beta = torch.ones(len(self.ratios.groups), dtype=torch.float64)  # (K,) steepness
+        self.splitting: Splitting | None = None
+        self._projection = BudgetProjection(space, bounds, cost_metric(space, bounds))
+        self._apart = math.inf
+        self._slopes = torch.zeros_like(self.beta)
+
+    def due(self, taken: int, progress: float) -> bool:
+        return progress >= self.warmup and taken % self.every == 0
+
+    def weights_pass(self, progress: float) -> AbstractContextManager[Any]:
+        if progress < self.warmup:
+            return nullcontext()
+        with torch.no_grad():
+            return self._masked(draw_masks(self._probabilities(self.ratios()), self.generator))
+
+    def architecture_step(self, compute_loss: ComputeLoss, progress: float) -> None:
+        a = self.ratios()  # (K,)
+        log_b, valid = log_importance(self.supernet.model, self.ratios.groups)
+        masks = draw_masks(keep_probabilities(log_b, valid, a, self.beta), self.generator)
+        with self._masked(masks):
+            task = compute_loss()
+            (gradient,) = torch.autograd.grad(task, a)
+        self._slopes += gradient.abs()
+        penalty = 0.0 if self.splitting is None else self.splitting.penalty(a)
+        self._descend((gradient * a).sum() + penalty, task)
+        since = (progress - self.warmup) / (1 - self.warmup)
+        self.beta = sharpened(self.beta, since, a, masks, valid, self.last)
+        self._record(progress, task, self._used(a))
+        if len(self.log) % self.interval == 0:
+            self._update(self._slopes / self.interval)
+
+    def _update(self, slopes: Tensor) -> None:
+        """Updates the splitting; `slopes` (K,) are the mean sizes of dL/da since the last time.
+
+        While the ratios are full the loss hardly feels them, so the pull grows with their slopes later on.
+        """
+        a = self.ratios().detach()
+        if self.splitting is None:
+            metric = self._projection.metric
+            self.splitting = Splitting.begin(a, slopes, self._projection, metric)
+        else:
+            apart = self.splitting.update(a, self._projection)
+            wanted = balancing(slopes / self._projection.metric) / self.splitting.rho
+            self.splitting.stiffen(max(wanted, 1.5 if apart >= self._apart else 1.0))
+            self._apart = apart
+        self._slopes = torch.zeros_like(slopes)
+
+    def networks(self, n: int) -> list[Widths]:
+        """The hardened network, the only one."""
+        with torch.no_grad():
+            a = self.ratios()
+            return [harden(a, self._probabilities(a), self.space, self.bounds)]
+
+    def settle(self, widths: Widths) -> Order:
+        """The channels that the weights deem important by now come first."""
+        return channel_order(self.supernet.model, self.space.groups, group_importance)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {**super().state_dict(), "beta": self.beta, "slopes": self._slopes, "apart": self._apart}
+        if self.splitting is not None:
+            s = self.splitting
+            state |= {"z": s.z, "u": s.u, "rho": s.rho, "most": s.most}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.beta, self._slopes, self._apart = state["beta"], state["slopes"], state["apart"]
+        if "z" in state:
+            metric = self._projection.metric
+            self.splitting = Splitting(state["z"], state["u"], state["rho"], state["most"], metric)
+
+    def _masked(self, masks: Tensor) -> AbstractContextManager[Any]:
+        device = next(self.supernet.parameters()).device
+        return self.supernet.gated(gates_of(masks.to(device), self.ratios.groups))
+
+    def _probabilities(self, a: Tensor) -> Tensor:
+        log_b, valid = log_importance(self.supernet.model, self.ratios.groups)
+        return keep_probabilities(log_b, valid, a, self.beta)
+
+    def _used(self, a: Tensor) -> Tensor:
+        return self.bounds.used_batch(self._projection.widths(a.detach()).unsqueeze(0))

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import nni
 from nni.common import is_traceable
 from nni.compression import LightningEvaluator, TransformersEvaluator
 from nni.compression.utils.evaluator import Evaluator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
 from nni_dbs.errors import EvaluatorError
 from nni_dbs.evaluate import cumulative_batchnorm, saw_batches
 from nni_dbs.sampling import Step
-from nni_dbs.steps import Distill, SupernetStep, kl_divergence
+from nni_dbs.steps import Distill, PatchedStep, SupernetStep, kl_divergence
 from nni_dbs.supernet import Supernet
 
 Task = Callable[[], Any]
@@ -131,30 +133,67 @@ def train_supernet(
     Raises:
         EvaluatorError: Another model is bound, or none; or Lightning's optimisation is manual.
     """
+    owner, name, distill = _training_step_of(evaluator, supernet, distill)
+    with _patched(owner, name, SupernetStep(supernet, steps, getattr(owner, name), distill)) as step:
+        yield step
+
+
+@contextmanager
+def train_architecture(
+    evaluator: Evaluator, search: ArchitectureSearch, steps: int, second: Iterable[Any] | None = None
+) -> Iterator[BilevelStep]:
+    """Within the block the evaluator's training steps train the weights and the architecture of `search`.
+
+    As `train_supernet`. What the method trains beside the model joins the first parameter group of the
+    evaluator's optimizer that has a BatchNorm's parameters.
+
+    Args:
+        evaluator: Bound to the search's model, or to a module that contains it.
+        search: The method.
+        steps, second: As for `BilevelStep`.
+
+    Raises:
+        EvaluatorError: As for `train_supernet`.
+    """
+    owner, name, distill = _training_step_of(evaluator, search.supernet, kl_divergence)
+    batch_at = ("inputs", 1) if isinstance(evaluator, TransformersEvaluator) else ("batch", 0)
+    if search.parameters:
+        norms = (n for n, m in evaluator.model.named_modules() if isinstance(m, _BatchNorm))
+        evaluator.patch_optim_param_group({next(norms, ""): list(search.parameters.values())})
+    step = BilevelStep(search, getattr(owner, name), steps, batch_at, second, distill)
+    with _patched(owner, name, step):
+        yield step
+
+
+def _training_step_of(evaluator: Evaluator, supernet: Supernet, distill: Distill) -> tuple[Any, str, Distill]:
+    """Who has the training step of an evaluator, under which name; and what distillation has to be there."""
     bound = getattr(evaluator, "model", None)
     if bound is None or all(module is not supernet.model for module in bound.modules()):
         raise EvaluatorError("bind the supernet's model to the evaluator before training the supernet")
-    owner: Any
     if isinstance(evaluator, LightningEvaluator):
         if not bound.automatic_optimization:
             raise EvaluatorError(
                 "a supernet needs automatic optimization, for several networks share one backward pass; "
                 "remove `self.automatic_optimization = False`"
             )
-        owner, name = bound, "training_step"
-    elif isinstance(evaluator, TransformersEvaluator):
-        owner, name = evaluator.trainer, "compute_loss"
-        distill = _per_accumulated_batch(distill, evaluator.trainer)
-    else:
-        owner, name = evaluator, "_training_step"
+        return bound, "training_step", distill
+    if isinstance(evaluator, TransformersEvaluator):
+        return evaluator.trainer, "compute_loss", _per_accumulated_batch(distill, evaluator.trainer)
+    return evaluator, "_training_step", distill
+
+
+Patched = TypeVar("Patched", bound=PatchedStep)
+
+
+@contextmanager
+def _patched(owner: Any, name: str, step: Patched) -> Iterator[Patched]:
     own = vars(owner).get(name)
-    step = SupernetStep(supernet, steps, getattr(owner, name), distill)
 
     @functools.wraps(step.training_step)  # Lightning and Transformers inspect signatures
     def training_step(*args: Any, **kwargs: Any) -> Any:
         return step(*args, **kwargs)
 
-    setattr(owner, name, step if owner is evaluator else training_step)
+    setattr(owner, name, step if isinstance(owner, Evaluator) else training_step)
     try:
         yield step
     finally:

@@ -1,0 +1,300 @@
+"""A training step that trains a network's weights and, in between, its architecture.
+
+Architecture here is what DMCP, TAS and DSA learn beside the weights: probabilities or ratios of widths,
+outside of the model and with an optimiser of their own. Each step trains the weights on a batch, as the
+method says, and may be preceded by a step on the architecture, whose loss is that of the task and of the
+budget. Methods that are bilevel (DARTS, first order) take the two losses on different data.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from nni_dbs.errors import DataError, TrainingError
+from nni_dbs.sampling import Step
+from nni_dbs.space import Widths
+from nni_dbs.steps import Distill, PatchedStep, kl_divergence, pass_loss, step_loss
+from nni_dbs.supernet import Supernet
+from torch_pruning_adapters.graph import map_tensors, tensors_in
+from torch_pruning_adapters.importance import Order
+
+ComputeLoss = Callable[[], Tensor]
+
+
+class ArchitectureSearch(ABC):
+    """One method's architecture: how weights are trained for it, how it is trained, and what it decides.
+
+    Attributes:
+        supernet: Of the user's model.
+        architecture: What is learnt, outside of the model; on the CPU.
+        optimizer: Of the architecture.
+        generator: Of everything random.
+        bilevel: Whether the architecture's steps should have data of their own.
+        log: One entry for each step on the architecture: progress, loss and expected use of the budget.
+    """
+
+    bilevel: ClassVar[bool]
+
+    def __init__(
+        self, supernet: Supernet, architecture: nn.Module, optimizer: Optimizer, generator: torch.Generator
+    ) -> None:
+        self.supernet = supernet
+        self.architecture = architecture
+        self.optimizer = optimizer
+        self.generator = generator
+        self.log: list[dict[str, float]] = []
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What the weights' optimiser has to train beside the model."""
+        return {}
+
+    @abstractmethod
+    def due(self, taken: int, progress: float) -> bool:
+        """Whether a step on the architecture goes before the step on the weights number `taken`."""
+
+    @abstractmethod
+    def weights_pass(self, progress: float) -> Step | AbstractContextManager[Any]:
+        """What a step on the weights trains: sub-networks, or the model inside of a block."""
+
+    @abstractmethod
+    def architecture_step(self, compute_loss: ComputeLoss, progress: float) -> None:
+        """One step on the architecture.
+
+        Args:
+            compute_loss: Runs the model on a batch and returns the task's loss.
+            progress: Of the training, in [0, 1).
+        """
+
+    @abstractmethod
+    def networks(self, n: int) -> list[Widths]:
+        """At most n different networks inside of the budget, the method's own choice first."""
+
+    def settle(self, widths: Widths) -> Order:
+        """Prepares the model to be cut to one of `networks`; returns which channels come first."""
+        return self.supernet.order
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs: tensors, and what JSON can hold."""
+        tensors: dict[str, Any] = dict(self.architecture.state_dict(prefix="architecture."))
+        for number, entries in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{n}": v for n, v in entries.items() if isinstance(v, Tensor)}
+        return {**tensors, "generator": self.generator.get_state(), "log": self.log}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`, on a search made anew with the same arguments."""
+        self.architecture.load_state_dict(_below("architecture.", state))
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {}
+        for key, value in _below("optimizer.", state).items():
+            number, name = key.split(".")
+            optimizer["state"].setdefault(int(number), {})[name] = value
+        self.optimizer.load_state_dict(optimizer)
+        self.generator.set_state(state["generator"])
+        self.log = list(state["log"])
+
+    def _descend(self, loss: Tensor, task: Tensor) -> None:
+        """One step of the optimiser; the weights' gradients are left as they are.
+
+        Args:
+            loss: What has the gradients.
+            task: The task's part of it, or what that is made from.
+
+        Raises:
+            TrainingError: The task's loss is not finite.
+        """
+        if not task.isfinite():
+            raise TrainingError(
+                f"the loss of a step on the architecture became {task.item()}; lower the learning rate of "
+                "the weights"
+            )
+        parameters = list(self.architecture.parameters())
+        for parameter, gradient in zip(
+            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
+        ):
+            if gradient is not None and dist.is_available() and dist.is_initialized():
+                gradient = _mean_over_ranks(gradient, loss.device)
+            parameter.grad = gradient
+        self.optimizer.step()
+
+    def _record(self, progress: float, loss: Tensor, used: Tensor) -> None:
+        self.log.append({"progress": progress, "loss": float(loss.detach()), "used": float(used.detach())})
+
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+class BilevelStep(PatchedStep):
+    """A training step that trains the weights as an `ArchitectureSearch` says, and the architecture.
+
+    The steps on the architecture run in train mode, but BatchNorm's running statistics do not see them.
+
+    Args:
+        search: The method.
+        training_step: The user's; see `PatchedStep`.
+        steps: How many steps the training has: schedules run over them.
+        batch_at: Name and position of the batch among the training step's arguments.
+        second: Batches for the architecture, iterated again and again. Without, a bilevel method takes the
+            second half of each batch whenever it trains the architecture (so samples change sides from pass
+            to pass), and others take the same batch.
+        distill: See `SupernetStep`.
+
+    Raises:
+        DataError: No second batch, or batches too small to be halved.
+        TrainingError: As `SupernetStep`; a loss that is not finite.
+    """
+
+    def __init__(
+        self,
+        search: ArchitectureSearch,
+        training_step: Callable[..., Any],
+        steps: int,
+        batch_at: tuple[str, int] = ("batch", 0),
+        second: Iterable[Any] | None = None,
+        distill: Distill = kl_divergence,
+    ) -> None:
+        super().__init__(search.supernet, training_step, distill)
+        self.search = search
+        self.steps = steps
+        self.batch_at = batch_at
+        self.second = None if second is None else _again_and_again(second)
+        self.drawn = 0
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        return self.search.parameters
+
+    def _take(self, args: Any, kwargs: Any) -> Any:
+        progress = min(self.taken / self.steps, 1.0)
+        if self.search.due(self.taken, progress):
+            args, kwargs = self._train_architecture(args, kwargs, progress)
+        self.taken += 1
+        weights_pass = self.search.weights_pass(progress)
+
+        def make_loss(compute_loss: ComputeLoss) -> Tensor:
+            if isinstance(weights_pass, Step):
+                return step_loss(self.supernet, weights_pass, compute_loss, self.distill, self._scale)
+            return pass_loss(self.supernet, weights_pass, compute_loss, self._scale)
+
+        return self._with_loss_of(make_loss, args, kwargs)
+
+    def _train_architecture(self, args: Any, kwargs: Any, progress: float) -> tuple[Any, Any]:
+        """A step on the architecture; the arguments that are left for the weights."""
+        name, position = self.batch_at
+        batch = kwargs[name] if name in kwargs else args[position]
+        own = batch
+        if self.second is not None:
+            own = self._next(batch)
+        elif self.search.bilevel:
+            batch, own = _halves(batch)
+        left, other = (_with_batch(args, kwargs, self.batch_at, part) for part in (batch, own))
+
+        def make_loss(compute_loss: ComputeLoss) -> Tensor:
+            with _without_statistics(self.supernet):
+                self.search.architecture_step(compute_loss, progress)
+            return torch.zeros(())
+
+        self._with_loss_of(make_loss, *other)
+        return left
+
+    def _next(self, like: Any) -> Any:
+        assert self.second is not None
+        self.drawn += 1
+        device = next(iter(tensors_in(like))).device
+        return map_tensors(next(self.second), lambda t: t.to(device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken, "drawn": self.drawn, **self.search.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after that state; batches for the architecture that were used before are skipped."""
+        self.search.load_state_dict(state)
+        self.taken = state["taken"]
+        while self.second is not None and self.drawn < state["drawn"]:
+            next(self.second)
+            self.drawn += 1
+
+
+def scaled_rate(rate: float, steps: int, published: int, most: float) -> float:
+    """A published learning rate for `published` steps, for a search of another length.
+
+    Rate times steps, how far the architecture can move, stays the same, up to a rate of `most`. Searches
+    that are longer than the published ones keep its rate. (A reconstruction: no paper searches so briefly.)
+    """
+    return min(max(rate, rate * published / max(steps, 1)), most)
+
+
+def cosine(progress: float, first: float, last: float) -> float:
+    """From `first` to `last` along half a cosine, for progress in [0, 1]."""
+    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@contextmanager
+def _without_statistics(supernet: Supernet) -> Iterator[None]:
+    """Within the block BatchNorms in train mode use a batch's statistics without keeping them."""
+    layers = [m for m in supernet.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        batch = None
+        for batch in batches:
+            yield batch
+        if batch is None:
+            raise DataError(
+                "the second loader gave no batch; give one that can be iterated again and again, with at "
+                "least one batch"
+            )
+
+
+def _halves(batch: Any) -> tuple[Any, Any]:
+    """The first and the second half of the samples of a batch."""
+    size = next((len(t) for t in tensors_in(batch) if t.dim()), 0)
+    if size < 4:
+        raise DataError(
+            f"a batch of {size} samples cannot be halved for weights and architecture; use larger batches, "
+            "or give the architecture a loader of its own"
+        )
+    middle = size - size // 2
+
+    def part(of: slice) -> Any:
+        return map_tensors(batch, lambda t: t[of] if t.dim() and len(t) == size else t)
+
+    return part(slice(middle)), part(slice(middle, size))
+
+
+def _with_batch(
+    args: Sequence[Any], kwargs: Mapping[str, Any], batch_at: tuple[str, int], batch: Any
+) -> tuple[Any, Any]:
+    name, position = batch_at
+    if name in kwargs:
+        return args, {**kwargs, name: batch}
+    return (*args[:position], batch, *args[position + 1 :]), kwargs
+
+
+def _mean_over_ranks(gradient: Tensor, device: torch.device) -> Tensor:
+    shared = gradient.to(device)
+    dist.all_reduce(shared)
+    return (shared / dist.get_world_size()).to(gradient.device)
+
+
+def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
