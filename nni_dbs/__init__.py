@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from nni_dbs.cost import FlopsCost as FlopsCost
     from nni_dbs.cost import ParamsCost as ParamsCost
     from nni_dbs.latency import LatencyCost as LatencyCost
+    from nni_dbs.plugin.architecture import DMCPPruner as DMCPPruner
+    from nni_dbs.plugin.architecture import DSAPruner as DSAPruner
+    from nni_dbs.plugin.architecture import TASPruner as TASPruner
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
     from nni_dbs.plugin.searching import DBSPruner as DBSPruner
     from nni_dbs.plugin.searching import RandomPruner as RandomPruner
@@ -31,6 +34,9 @@ _MODULES = {
     "ParamsCost": "nni_dbs.cost",
     "LatencyCost": "nni_dbs.latency",
     "DBSPruner": "nni_dbs.plugin.searching",
+    "DMCPPruner": "nni_dbs.plugin.architecture",
+    "DSAPruner": "nni_dbs.plugin.architecture",
+    "TASPruner": "nni_dbs.plugin.architecture",
     "RandomPruner": "nni_dbs.plugin.searching",
     "UniformPruner": "nni_dbs.plugin.pruner",
     "load_pruned": "nni_dbs.result",

@@ -44,6 +44,19 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Teaching:
+    """Knowledge distillation (Hinton et al., 2015): the trained full network teaches the pruned one.
+
+    Attributes:
+        weight: Of the teacher's outputs in the loss, the labels have the rest; 0: no teacher. TAS has 0.9.
+        temperature: That softens both outputs.
+    """
+
+    weight: float = 0.0
+    temperature: float = 4.0
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of `nni-dbs prune`.
 
@@ -61,6 +74,7 @@ class Config:
         finetune: Of the pruned model.
         final: How that is trained: `finetune` from the weights that it inherits, from `scratch`, or
             `distill`: inside of the full model, which teaches it (`Slimmable`).
+        teacher: Of the final training, where that is `finetune` or `scratch`.
         seed: Of everything random.
         device: `auto`, `cpu` or `cuda`.
         workers: Processes that load data.
@@ -79,6 +93,7 @@ class Config:
     supernet: Recipe = Recipe(epochs=5, lr=0.02)
     finetune: Recipe = Recipe(epochs=5, lr=0.01)
     final: str = "finetune"
+    teacher: Teaching = Teaching()
     seed: int = 0
     device: str = "auto"
     workers: int = 0
@@ -178,6 +193,12 @@ def _check(config: Config) -> None:
     if config.final not in FINAL:
         raise ConfigError(
             f"final: expected {', '.join(FINAL)}, not {config.final!r}{nearest(config.final, FINAL)}"
+        )
+    if not (0 <= config.teacher.weight <= 1 and 0 < config.teacher.temperature < math.inf):
+        raise ConfigError("teacher: weight must lie in [0, 1], and temperature be positive")
+    if config.teacher.weight > 0 and config.final == "distill":
+        raise ConfigError(
+            "teacher: final: distill has the full network as its teacher already; set teacher.weight=0"
         )
     for stage in ("train", "supernet", "finetune"):
         recipe: Recipe = getattr(config, stage)

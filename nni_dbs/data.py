@@ -22,7 +22,7 @@ import torch.nn.functional as F
 import torchvision.datasets
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from nni_dbs.errors import DataError
@@ -130,6 +130,38 @@ def loader(
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,
     )
+
+
+def split_in_two(dataset: Dataset, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Two parts of a training set, every class divided alike: what is left, and `share` of it.
+
+    For the methods that train an architecture on data of its own (TAS halves the training set, DSA takes a
+    tenth). Labels are read from `labels` or `targets` of the data set, else from its items.
+
+    Args:
+        dataset: Items are (image, label).
+        share: Of the second part, in (0, 1).
+        seed: Fixes the parts.
+
+    Raises:
+        DataError: The share is not between 0 and 1, or a part would be empty.
+    """
+    if not 0 < share < 1:
+        raise DataError(f"the share of the second part is {share}; it must lie between 0 and 1")
+    first, second = _stratified_split(_labels(dataset), (1 - share, share), seed)
+    if not first or not second:
+        raise DataError(f"{len(first) + len(second)} samples cannot be split at {share:.0%}; give more data")
+    return Subset(dataset, first), Subset(dataset, second)
+
+
+def _labels(dataset: Any) -> list[int]:
+    if isinstance(dataset, (Transformed, Subset)):
+        labels = _labels(dataset.dataset)
+        return [labels[i] for i in dataset.indices]
+    for name in ("labels", "targets"):
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name)).tolist()
+    return [int(dataset[i][1]) for i in range(len(dataset))]
 
 
 def digits(seed: int = 0, max_shift: int = 0) -> Splits:

@@ -208,6 +208,49 @@ def plot_search(
     return figure
 
 
+def plot_architecture(
+    progress: Sequence[float],
+    losses: Sequence[float],
+    used: Sequence[float],
+    unit: str = "loss of the task",
+    title: str = "",
+) -> Figure:
+    """Show how an architecture was learnt: the task's loss above, the expected share of the budget below.
+
+    For methods that learn widths while they train (DMCP, TAS, DSA). Use it to see whether the expected cost
+    came to the budget in time; the network that is kept is inside of it in any case.
+
+    Args:
+        progress: (N,) of each step on the architecture, in [0, 1].
+        losses: (N,) the task's loss there.
+        used: (N,) expected cost divided by budget: 1.0 is the budget.
+        unit: What the losses are, for the axis.
+
+    Raises:
+        ValueError: No steps, different lengths, numbers that are not finite, or a negative share.
+    """
+    at, values, shares = _series(progress=progress, losses=losses, used=used)
+    _check_not_negative("used", shares)
+    figure, (top, bottom) = _panels(2)
+    window = max(len(values) // 20, 1)
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    (noisy,) = top.plot(at, values, color=POINT, linewidth=0.8, label="each step")
+    (mean,) = top.plot(at[window - 1 :], smooth, color=SOLID, linewidth=1.5, label=f"mean of {window}")
+    bottom.plot(at, shares, color=SOLID, linewidth=1.5)
+    band = bottom.axhspan(0.95, 1, color=POINT, alpha=0.5, linewidth=0, label="95 to 100 % of the budget")
+    top.set(xlim=(0, 1), ylim=_limits(values), ylabel=unit)
+    bottom.set(ylim=_limits([*shares, 1, 0.9]), ylabel="expected use", xlabel="progress of the training")
+    for axes in (top, bottom):
+        quiet(axes, "both")
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE))
+    bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g} %"))
+    bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.10g} %"))
+    _lay_out(figure, (top, bottom), width=9, heights=(2.2, 2.2))
+    totals = f"{count(len(values), 'step')} · at last {percent(shares[-1], 1)} of the budget expected"
+    header(figure, title or "How the architecture was learnt", totals, [noisy, mean, band])
+    return figure
+
+
 def plot_front(
     cost: Sequence[float],
     scores: Sequence[float],

@@ -13,10 +13,10 @@ from nni_dbs import plot
 from nni_dbs.config import Config
 from nni_dbs.cost import PolynomialCost, readable
 from nni_dbs.files import write
-from nni_dbs.plot_search import pareto_front, plot_front, plot_predictions, plot_search
+from nni_dbs.plot_search import pareto_front, plot_architecture, plot_front, plot_predictions, plot_search
 from nni_dbs.result import Result, load_search
 from nni_dbs.space import Widths
-from torch_pruning_adapters import ChannelGroup
+from torch_pruning_adapters import ChannelGroup, removed_blocks
 
 SCORE = "validation accuracy (%)"
 UNITS = {"flops": "FLOPs", "params": "parameters", "latency_ms": "ms"}
@@ -69,7 +69,7 @@ def write_pictures(
 
 
 def _search_pictures(out: Path, result: Result) -> list[Path]:
-    """`search.png` and `front.png` from `search.jsonl`, `predictions.png` from the predictor's last fit."""
+    """`search.png` and `front.png` from `search.jsonl`, `predictions.png` and `architecture.png`."""
     figures: dict[str, Figure] = {}
     lines = load_search(out / "search.jsonl")
     if lines:
@@ -99,6 +99,11 @@ def _search_pictures(out: Path, result: Result) -> list[Path]:
             _or_nan(result.fits[-1]["tau"]),
             _or_nan(result.fits[-1]["tau_in_band"]),
             unit=SCORE,
+        )
+    if result.architecture:
+        steps = {key: [line[key] for line in result.architecture] for key in ("progress", "loss", "used")}
+        figures["architecture"] = plot_architecture(
+            steps["progress"], steps["loss"], steps["used"], title=f"What {result.method} learnt"
         )
     for name, figure in figures.items():
         plot.save(figure, out / f"{name}.png")
@@ -159,6 +164,8 @@ def write_report(
         "```",
         "",
     ]
+    if removed := removed_blocks(groups, result.widths):
+        lines += ["Removed blocks:", "", *(f"- `{block}`" for block in removed), ""]
     frozen = [(g.name, g.frozen) for g in groups if g.frozen is not None]
     if frozen:
         lines += ["Groups that keep their width:", "", *(f"- `{name}`: {why}" for name, why in frozen), ""]

@@ -50,6 +50,8 @@ class Result:
         fits: Of each fit of a predictor: evaluations, held-out Kendall tau, and that in the budget's band
             (None where it is not defined), and the radius of the trust region.
         held_out: Predicted and measured scores of the last fit, and which are in the band.
+        architecture: Of the steps on an architecture, at most 200 of them: progress of the training, loss of
+            the task, and expected share of the budget.
         seconds: Wall time of each stage.
         device: Where it ran.
         versions: Of the packages that matter.
@@ -72,6 +74,7 @@ class Result:
     counts: dict[str, int] = field(default_factory=dict)
     fits: list[dict[str, float | None]] = field(default_factory=list)
     held_out: dict[str, list[float] | list[bool]] = field(default_factory=dict)
+    architecture: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=lambda: package_versions())

@@ -209,8 +209,8 @@ def test_mappings_that_do_not_belong_together(draw: Callable[..., Figure]) -> No
 def test_impossible_numbers() -> None:
     with pytest.raises(ValueError, match="b keeps 9 of 8"):
         plot.plot_widths({"a": 8, "b": 8}, {"a": 8, "b": 9})
-    with pytest.raises(ValueError, match="a keeps 0 of 8"):
-        plot.plot_widths({"a": 8}, {"a": 0})
+    with pytest.raises(ValueError, match="a keeps -1 of 8"):
+        plot.plot_widths({"a": 8}, {"a": -1})
     with pytest.raises(ValueError, match="a has nan"):
         plot.plot_cost({"a": 8}, {"a": float("nan")})
 
@@ -379,6 +379,30 @@ def test_search_shows_every_evaluation_in_both_panels() -> None:
     assert all_points_are_visible(figure)
     assert not overlaps(figure)
     assert not outside(figure)
+
+
+@pytest.mark.parametrize("steps", [1, 60])
+def test_an_architecture_shows_its_loss_and_its_way_to_the_budget(steps: int) -> None:
+    progress = [0.5 + 0.5 * i / steps for i in range(steps)]
+    losses = [2.0 - i / steps + 0.1 * (i % 2) for i in range(steps)]
+    used = [0.3 + 0.67 * (i + 1) / steps for i in range(steps)]
+    figure = plot_search.plot_architecture(progress, losses, used)
+    top, bottom = figure.axes
+    assert data(line(top, "each step")) == list(zip(progress, losses, strict=True))
+    window = max(steps // 20, 1)
+    assert data(line(top, f"mean of {window}")) == [
+        (progress[i], pytest.approx(sum(losses[i - window + 1 : i + 1]) / window))
+        for i in range(window - 1, steps)
+    ]
+    assert data(bottom.lines[0]) == list(zip(progress, used, strict=True))
+    (band,) = bottom.patches
+    assert (band.get_y(), band.get_height()) == (0.95, pytest.approx(0.05))
+    assert bottom.get_ylim()[0] < min(used) and bottom.get_ylim()[1] > 1
+    assert f"{plot.count(steps, 'step')} · at last 97 % of the budget expected" in words(figure)
+    assert not overlaps(figure)
+    assert not outside(figure)
+    with pytest.raises(ValueError):
+        plot_search.plot_architecture([], [], [])
 
 
 def test_stages_are_ruled_off_and_named_above_their_evaluations() -> None:

@@ -17,15 +17,17 @@ import torch
 from nni.compression import TorchEvaluator
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.data import Dataset
 
 from nni_dbs.config import Config, Recipe, load_config
 from nni_dbs.cost import FlopsCost
-from nni_dbs.data import DATASETS, Splits, loader
+from nni_dbs.data import DATASETS, Splits, loader, split_in_two
 from nni_dbs.errors import ConfigError, ResultError
 from nni_dbs.evaluate import recalibrate_batchnorm
 from nni_dbs.files import write
 from nni_dbs.latency import medians_ms
 from nni_dbs.models import build_model
+from nni_dbs.plugin.architecture import ArchitecturePruner, DMCPPruner, DSAPruner, TASPruner
 from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
 from nni_dbs.plugin.searching import DBSPruner, RandomPruner
 from nni_dbs.report import Row, write_pictures, write_report
@@ -43,12 +45,15 @@ from nni_dbs.training import (
     distilling_step,
     reinitialise,
     sgd,
+    taught_step,
     training_loop,
     training_step,
 )
 from torch_pruning_adapters.errors import nearest
 
-METHODS: dict[str, type[WidthPruner]] = {p.method: p for p in (DBSPruner, UniformPruner, RandomPruner)}
+METHODS: dict[str, type[WidthPruner]] = {
+    p.method: p for p in (DBSPruner, DMCPPruner, TASPruner, DSAPruner, UniformPruner, RandomPruner)
+}
 
 _TRAINED = {"finetune": "fine-tuned", "scratch": "from scratch", "distill": "distilled"}
 
@@ -71,12 +76,18 @@ class _Run:
         self.seconds[name] = time.perf_counter() - started
 
     def evaluator(
-        self, model: nn.Module, recipe: Recipe, name: str, checkpoint: bool, step: Any = None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        name: str,
+        checkpoint: bool,
+        step: Any = None,
+        dataset: Dataset | None = None,
     ) -> TorchEvaluator:
         """NNI's evaluator around the shell's own loop; it scores on the search-validation data."""
         path = self.out / "checkpoint" / f"{name}.safetensors"
         loop = training_loop(
-            self.splits.train,
+            dataset or self.splits.train,
             recipe,
             device=self.device,
             seed=self.config.seed,
@@ -144,6 +155,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
     with run.stage("train"):
         run.train(model, config.train, "train")
     rows = [Row("full", test_accuracy=run.test(model))]
+    teacher = copy.deepcopy(model) if config.teacher.weight > 0 else None
 
     with run.stage("prune"):
         pruner = _pruner(pruner_class, model, run, resume)
@@ -153,7 +165,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         run.recalibrate(small)
     rows.append(Row("pruned", test_accuracy=run.test(small)))
     with run.stage("finetune"):
-        small = _finally_trained(model, small, pruner, run)
+        small = _finally_trained(model, small, pruner, run, teacher)
     rows.append(Row(_TRAINED[config.final], test_accuracy=run.test(small)))
 
     result = pruner.result
@@ -215,7 +227,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _finally_trained(model: nn.Module, small: nn.Module, pruner: WidthPruner, run: _Run) -> nn.Module:
+def _finally_trained(
+    model: nn.Module, small: nn.Module, pruner: WidthPruner, run: _Run, teacher: nn.Module | None
+) -> nn.Module:
     """The pruned model after its final training, as the configuration has it."""
     recipe = run.config.finetune
     if run.config.final == "distill" and recipe.epochs > 0:
@@ -224,16 +238,28 @@ def _finally_trained(model: nn.Module, small: nn.Module, pruner: WidthPruner, ru
         return pair.small()
     if run.config.final == "scratch":
         reinitialise(small, run.config.seed)
-    run.train(small, recipe, "finetune")
+    step = None
+    if teacher is not None:
+        taught = run.config.teacher
+        step = taught_step(teacher, taught.weight, taught.temperature, recipe.label_smoothing)
+    run.train(small, recipe, "finetune", step)
     return small
 
 
 def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume: bool) -> WidthPruner:
     config = run.config
-    _check_options(config.options, pruner_class)
+    check_options(config.options, pruner_class)
     trains = pruner_class.trains_supernet
     recipe, name = (config.supernet, "supernet") if trains else (config.finetune, "calibrate")
-    evaluator = run.evaluator(model, recipe, name, checkpoint=trains)
+    data: Dataset = run.splits.train
+    more: dict[str, Any] = {}
+    if pruner_class.second_share:
+        data, second = split_in_two(data, pruner_class.second_share, config.seed)
+        size = min(recipe.batch_size, len(second))  # type: ignore[arg-type]
+        more["second"] = loader(second, size, shuffle=True, seed=config.seed, drop_last=True)
+    if issubclass(pruner_class, ArchitecturePruner):
+        more["steps_per_epoch"] = max(len(data) // recipe.batch_size, 1)  # type: ignore[arg-type]
+    evaluator = run.evaluator(model, recipe, name, checkpoint=trains, dataset=data)
     try:
         return pruner_class(
             model,
@@ -247,13 +273,14 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume
             log=run.out / "search.jsonl",
             resume=resume,
             latency_table=run.out / "latency.json",
-            **config.options,
+            **{**more, **config.options},
         )
     except TypeError as error:
         raise ConfigError(f"options of method {config.method!r}: {error}") from error
 
 
-def _check_options(options: Mapping[str, Any], pruner_class: type[WidthPruner]) -> None:
+def check_options(options: Mapping[str, Any], pruner_class: type[WidthPruner]) -> None:
+    """Raises `ConfigError` for an option that the method does not have."""
     known = {
         name
         for ancestor in pruner_class.__mro__

@@ -42,6 +42,7 @@ from torch_pruning_adapters import (
     find_channel_groups,
     kept_channels,
     l2_norm,
+    removed_blocks,
     shrink,
 )
 from torch_pruning_adapters.errors import nearest
@@ -99,6 +100,7 @@ class WidthPruner(Pruner):
 
     method: str
     trains_supernet = False  # whether compress() takes a duration
+    second_share = 0.0  # of the training data, where the method wants a second part of it
 
     def __init__(
         self,
@@ -129,7 +131,7 @@ class WidthPruner(Pruner):
         if evaluator is not None:
             repair(evaluator)
         inputs = _one_sample(model, example_inputs, evaluator, parsed)
-        groups = tuple(_frozen_unless_selected(g, selected) for g in find_channel_groups(model, inputs))
+        groups = self._groups(model, inputs, selected)
         self.space = _bounded(WidthSpace(groups, min_ratio, divisor), selected)
         self.flops, self.params = FlopsCost(model, inputs, groups), ParamsCost(model, groups)
         self.latency: LatencyCost | None = None
@@ -232,6 +234,12 @@ class WidthPruner(Pruner):
         latency: dict[str, Cost] = {} if self.latency is None else {"latency_ms": self.latency}
         return {"flops": self.flops, "params": self.params, **latency}
 
+    def _groups(
+        self, model: nn.Module, inputs: Inputs, selected: Mapping[str, Mapping[str, float]]
+    ) -> tuple[ChannelGroup, ...]:
+        """The channel groups; those that `config_list` does not select are frozen."""
+        return tuple(_frozen_unless_selected(g, selected) for g in find_channel_groups(model, inputs))
+
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -243,12 +251,22 @@ class WidthPruner(Pruner):
         raise NotImplementedError
 
     def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        if max_steps is not None or max_epochs is not None:
+        given = not (max_steps is max_epochs is None)
+        if given and not self.trains_supernet:
             raise ConfigError(f"{type(self).__name__} trains nothing: call compress() without a duration")
+        if self.trains_supernet and not given:
+            raise ConfigError(
+                f"{type(self).__name__} trains a supernet: give compress() max_steps or max_epochs"
+            )
+        self._duration = max_steps, max_epochs
         self._compress()
 
     def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        """Nothing to patch into the training of other compressors."""
+        if self.trains_supernet and self._result is None:
+            raise ConfigError(
+                f"{type(self).__name__} trains a supernet of its own: call its compress() before another "
+                "compressor joins it"
+            )
 
     def _fuse_postprocess(self, evaluator: Evaluator) -> None:
         if self._result is None:  # else this pruner was done before another compressor joined it
@@ -342,6 +360,12 @@ class WidthPruner(Pruner):
     def _masks(self, widths: Widths) -> dict[str, dict[str, Tensor]]:
         """Masks of all rows that compute or normalise dropped channels, over whole groups."""
         groups = self.space.groups
+        if removed := removed_blocks(groups, widths):
+            warnings.warn(
+                f"these widths remove the residual blocks {', '.join(removed)}, which masks cannot say: in "
+                "the masked model they still add constants; evaluate the model that export() gives",
+                stacklevel=2,
+            )
         keep = keep_mask(groups, kept_channels(groups, widths, self.order))
         masks: dict[str, dict[str, Tensor]] = {}
         for (layer, role), axis in layer_axes(groups).items():
@@ -455,7 +479,7 @@ def _selected_layers(model: nn.Module, config_list: Sequence[dict]) -> dict[str,
     return selected
 
 
-def _frozen_unless_selected(g: ChannelGroup, selected: Mapping[str, dict]) -> ChannelGroup:
+def _frozen_unless_selected(g: ChannelGroup, selected: Mapping[str, Any]) -> ChannelGroup:
     left_out = [p.layer for p in g.producers if p.layer not in selected]
     if g.frozen is None and left_out:
         return dataclasses.replace(g, frozen=f"config_list does not select {left_out[0]!r}")

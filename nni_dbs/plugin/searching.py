@@ -31,19 +31,90 @@ _MEASURED = 10  # of the best networks, where latency is bounded
 _SMALLER = 4  # of these, where none keeps it
 
 
-class SearchPruner(WidthPruner):
-    """What the pruners with a `Searcher` share: rounds of asking, evaluating and telling.
+class EvaluatingPruner(WidthPruner):
+    """What the pruners share that score networks with the evaluator.
 
     Each network is cut out of the model, its BatchNorm statistics are estimated anew on the evaluator's
-    training data, and the evaluator's metric is its score. Chosen is the best one that uses 98 % of the
-    budget, or cannot grow. Where latency is bounded, the best are measured, and the first that keeps the
-    budget is chosen; if none does, smaller ones of their shapes are evaluated too.
+    training data, and the evaluator's metric is its score.
+
+    Args:
+        calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
+        kwargs: See `WidthPruner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        calibration_steps: int,
+        **kwargs: Any,
+    ) -> None:
+        if calibration_steps < 0:
+            raise ConfigError(f"calibration_steps must not be negative, not {calibration_steps}")
+        super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
+        self.calibration_steps = calibration_steps
+
+    def _evaluate(self, model: nn.Module, widths: Widths, stage: str) -> float:
+        if self.evaluator is None:
+            raise ConfigError(f"{type(self).__name__} needs an evaluator to score networks")
+        small = shrink(model, self.space.groups, widths, self.order)
+        if self.calibration_steps:
+            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
+        found = score(self.evaluator, small)
+        if not math.isfinite(found):
+            raise TrainingError(
+                f"a network scored {found}: lower the learning rate of the supernet, or look at the evaluator"
+            )
+        self._record(widths, found, stage)
+        return found
+
+    def _record(self, widths: Widths, score: float, stage: str) -> None:
+        """Appends an evaluated network to the log."""
+        if self.log is None:
+            return
+        costs = {kind: cost(widths) for kind, cost in self.costs.items()}
+        line = {
+            "stage": stage,
+            "score": score,
+            **costs,
+            "used": self.bounds.used(widths),
+            "widths": dict(widths),
+        }
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
+
+    def _logged(self) -> dict[Widths, float]:
+        """Scores of the log of an interrupted run; otherwise the log begins anew."""
+        if self.log is None:
+            return {}
+        if not self.resume:
+            try:
+                self.log.unlink(missing_ok=True)
+            except OSError as error:
+                raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
+            return {}
+        return {Widths(line["widths"]): line["score"] for line in load_search(self.log)}
+
+
+class SearchPruner(EvaluatingPruner):
+    """What the pruners with a `Searcher` share: rounds of asking, evaluating and telling.
+
+    Chosen is the best network that uses 98 % of the budget, or cannot grow. Where latency is bounded, the
+    best are measured, and the first that keeps the budget is chosen; if none does, smaller ones of their
+    shapes are evaluated too.
 
     Args:
         evaluations: Networks to evaluate altogether; fewer if the budget has no more to offer, and some
             more, of stage "smaller" in the log, where none of the best keeps a latency.
         per_round: How many of them the searcher is asked for at a time.
-        calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
+        calibration_steps: See `EvaluatingPruner`.
         kwargs: See `WidthPruner`.
     """
 
@@ -62,12 +133,11 @@ class SearchPruner(WidthPruner):
         for name, value in (("evaluations", evaluations), ("per_round", per_round)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
-        if calibration_steps < 0:
-            raise ConfigError(f"calibration_steps must not be negative, not {calibration_steps}")
-        super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
+        super().__init__(
+            model, config_list, evaluator, existed_wrappers, calibration_steps=calibration_steps, **kwargs
+        )
         self.evaluations = evaluations
         self.per_round = per_round
-        self.calibration_steps = calibration_steps
 
     @abstractmethod
     def _searcher(self) -> Searcher:
@@ -80,8 +150,6 @@ class SearchPruner(WidthPruner):
 
     def _search(self, model: nn.Module, searcher: Searcher) -> Widths:
         """Rounds until enough networks are evaluated, and the choice."""
-        if self.evaluator is None:
-            raise ConfigError(f"{type(self).__name__} needs an evaluator to score networks")
         known = self._logged()
 
         def tell(widths: Widths, stage: str) -> None:
@@ -128,50 +196,6 @@ class SearchPruner(WidthPruner):
                         return widths
         raise self._too_slow(best)
 
-    def _evaluate(self, model: nn.Module, widths: Widths, stage: str) -> float:
-        assert self.evaluator is not None
-        small = shrink(model, self.space.groups, widths, self.order)
-        if self.calibration_steps:
-            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
-        found = score(self.evaluator, small)
-        if not math.isfinite(found):
-            raise TrainingError(
-                f"a network scored {found}: lower the learning rate of the supernet, or look at the evaluator"
-            )
-        self._record(widths, found, stage)
-        return found
-
-    def _record(self, widths: Widths, score: float, stage: str) -> None:
-        """Appends an evaluated network to the log."""
-        if self.log is None:
-            return
-        costs = {kind: cost(widths) for kind, cost in self.costs.items()}
-        line = {
-            "stage": stage,
-            "score": score,
-            **costs,
-            "used": self.bounds.used(widths),
-            "widths": dict(widths),
-        }
-        try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
-
-    def _logged(self) -> dict[Widths, float]:
-        """Scores of the log of an interrupted run; otherwise the log begins anew."""
-        if self.log is None:
-            return {}
-        if not self.resume:
-            try:
-                self.log.unlink(missing_ok=True)
-            except OSError as error:
-                raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
-            return {}
-        return {Widths(line["widths"]): line["score"] for line in load_search(self.log)}
-
 
 class RandomPruner(SearchPruner):
     """The best of some random networks inside the budget, by the evaluator's score.
@@ -180,7 +204,7 @@ class RandomPruner(SearchPruner):
 
     Args:
         candidates: How many networks to draw.
-        calibration_steps: See `SearchPruner`.
+        calibration_steps: See `EvaluatingPruner`.
         kwargs: See `WidthPruner`.
     """
 
@@ -238,7 +262,7 @@ class DBSPruner(SearchPruner):
         per_step: Paths of a step, beside the largest and the smallest network; at most all points.
         latent: Search on latent features with a decoder, in place of relaxed widths.
         dim: Of the predictor's tokens.
-        calibration_steps: See `SearchPruner`.
+        calibration_steps: See `EvaluatingPruner`.
         kwargs: See `WidthPruner`.
     """
 
@@ -287,21 +311,6 @@ class DBSPruner(SearchPruner):
         self.per_step = per_step
         self.latent = latent
         self.dim = dim
-
-    def _single_compress(self, max_steps: int | None, max_epochs: int | None) -> None:
-        if max_steps is max_epochs is None:
-            raise ConfigError(
-                "DBS trains a supernet: give compress() max_steps or max_epochs "
-                "(max_steps=0 to search in the weights as they are)"
-            )
-        self._duration = max_steps, max_epochs
-        self._compress()
-
-    def _fuse_preprocess(self, evaluator: Evaluator) -> None:
-        if self._result is None:
-            raise ConfigError(
-                "DBS trains a supernet of its own: call its compress() before another compressor joins it"
-            )
 
     def _searcher(self) -> DBSSearch:
         predictor = TransformerPredictor(
