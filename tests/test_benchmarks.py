@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ COLUMNS = {
     "latency_budget": {"method", "full_ms", "pruned_ms", "ratio", "kept", "fit_error"},
     "supernet_speed": {"order", "measured", "ms", "against", "against_ms", "ratio"},
     "supernet_memory": {"step", "order", "peak_mb", "gradients_mb", "of_plain", "of_aim"},
+    "search_step": {"method", "ms", "plain_ms", "ratio"},
 }
 
 
@@ -96,6 +98,77 @@ def test_the_external_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     bench = importlib.import_module("examples.benchmarks.channel_bench")
     with pytest.raises(DataError, match="CHANNEL_BENCH"):
         bench.table_path()
+
+
+CLUTTER = {
+    "clutter_methods": (
+        ["full", "uniform", "random", "dbs", "dmcp", "tas", "dsa"],
+        {"accuracy", "sd", "gain", "gain_sd", "flops", "params", "from_uniform", "search/train"},
+    ),
+    "tas_table": (["uniform", "random", "tas"], {"plain", "plain_sd", "init", "kd", "full", "flops"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit and NNI
+@pytest.mark.parametrize("name", CLUTTER)
+def test_runs_on_clutter_are_kept_by_seed_and_merged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods, columns = CLUTTER[name]
+    monkeypatch.syspath_prepend(ROOT)
+    bench = importlib.import_module(f"examples.benchmarks.{name}")
+
+    def record_of(out: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, "--quick", *arguments, "--out", str(tmp_path / out)])
+        bench.main()
+        return json.loads((tmp_path / out).read_text())
+
+    record_of("a.json", "--seeds", "0", "--methods", methods[-1])
+    first = record_of("a.json", "--seeds", "0")
+    assert first["runs"][0]["method"] == methods[-1]
+    assert [row["method"] for row in first["rows"]] == methods
+    assert all(set(row) >= columns for row in first["rows"])
+    assert all(run["flops_share"] <= 0.5 for run in first["runs"] if run["method"] != "full")
+
+    second = record_of("b.json", "--seeds", "1", "--methods", "uniform")
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    monkeypatch.setattr(bench, "runs_of", None)
+    merged = record_of("c.json", "--merge", *files)
+    assert merged["runs"] == first["runs"] + second["runs"]
+    assert merged["command"] == [first["command"], second["command"]]
+    row = next(row for row in merged["rows"] if row["method"] == "uniform")
+    scores = [run["plain" if name == "tas_table" else "test_accuracy"] for run in merged["runs"]
+              if run["method"] == "uniform"]  # fmt: skip
+    assert row["seeds"] == 2
+    assert row["plain" if name == "tas_table" else "accuracy"] == pytest.approx(sum(scores) / 2, abs=1e-4)
+
+    table = capsys.readouterr().out.splitlines()[-len(merged["rows"]) - 1 :]
+    assert table[0].split() == list(merged["rows"][0])
+
+
+def test_gains_on_clutter_are_paired_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    bench = importlib.import_module("examples.benchmarks.clutter_methods")
+    same = dict.fromkeys(
+        ("flops_share", "params_share", "from_uniform", "search_seconds", "train_seconds"), 1.0
+    )
+
+    def run(seed: int, method: str, accuracy: float, is_uniform: bool) -> dict[str, Any]:
+        found = {"seed": seed, "method": method, "test_accuracy": accuracy, "is_uniform": is_uniform}
+        return {**same, **found}
+
+    runs = [
+        run(1, "dbs", 80.0, False),
+        run(0, "uniform", 60.0, True),
+        run(1, "uniform", 76.0, True),
+        run(0, "dbs", 62.0, False),
+        run(2, "dbs", 10.0, False),
+    ]
+    _, dbs = bench.summary(runs)
+    assert (dbs["seeds"], dbs["gain"], dbs["gain_sd"]) == (3, 3.0, math.sqrt(2))
+    bench.check(runs)
+    with pytest.raises(SystemExit, match=r"\('tas', 4\)"):
+        bench.check([*runs, run(4, "tas", 70.0, True)])
 
 
 def test_repeats_must_be_positive(monkeypatch: pytest.MonkeyPatch) -> None:
