@@ -8,9 +8,11 @@ budget. Methods that are bilevel (DARTS, first order) take the two losses on dif
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -25,7 +27,7 @@ from nni_dbs.sampling import Step
 from nni_dbs.space import Widths
 from nni_dbs.steps import Distill, PatchedStep, kl_divergence, pass_loss, step_loss
 from nni_dbs.supernet import Supernet
-from torch_pruning_adapters.graph import map_tensors, tensors_in
+from torch_pruning_adapters.graph import tensors_in
 from torch_pruning_adapters.importance import Order
 
 ComputeLoss = Callable[[], Tensor]
@@ -210,9 +212,10 @@ class BilevelStep(PatchedStep):
 
     def _next(self, like: Any) -> Any:
         assert self.second is not None
+        batch = next(self.second)
         self.drawn += 1
-        device = next(iter(tensors_in(like))).device
-        return map_tensors(next(self.second), lambda t: t.to(device))
+        tensors = tensors_in(like)
+        return _mapped(batch, lambda t: t.to(tensors[0].device)) if tensors else batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken, "drawn": self.drawn, **self.search.state_dict()}
@@ -276,9 +279,26 @@ def _halves(batch: Any) -> tuple[Any, Any]:
     middle = size - size // 2
 
     def part(of: slice) -> Any:
-        return map_tensors(batch, lambda t: t[of] if t.dim() and len(t) == size else t)
+        return _mapped(batch, lambda t: t[of] if t.dim() and len(t) == size else t)
 
     return part(slice(middle)), part(slice(middle, size))
+
+
+def _mapped(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested containers, each of its own type, with `fn` applied to every tensor."""
+    if isinstance(batch, Tensor):
+        return fn(batch)
+    if isinstance(batch, MutableMapping):
+        mapped = copy.copy(batch)
+        mapped.update({name: _mapped(part, fn) for name, part in batch.items()})
+        return mapped
+    if isinstance(batch, (list, tuple)):
+        parts = [_mapped(part, fn) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [f.name for f in dataclasses.fields(batch)]
+        return dataclasses.replace(batch, **{name: _mapped(getattr(batch, name), fn) for name in names})
+    return batch
 
 
 def _with_batch(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -73,6 +73,15 @@ class Cost(Protocol):
     def __call__(self, widths: Mapping[str, int]) -> float: ...
 
     def batch(self, widths: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class ExpectedCost(Cost, Protocol):
+    """A cost that knows its expectation over random widths; see `PolynomialCost.expected`."""
+
+    def expected(
+        self, mean: Tensor, variance: Tensor, present: Mapping[str, Tensor] | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,15 @@ class PolynomialCost:
                 raise WidthError(f"no residual block {name!r} in these groups{nearest(name, known)}")
 
 
+def expected_cost(
+    cost: Cost, mean: Tensor, variance: Tensor, present: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """`PolynomialCost.expected` of any cost: one that cannot say it is taken at the mean widths."""
+    if isinstance(cost, ExpectedCost):
+        return cost.expected(mean, variance, present)
+    return cost.batch(mean)
+
+
 def _value(form: Tensor, units: Tensor) -> Tensor:
     """A quadratic form (G + 1, G + 1) of units (B, G): (B,)."""
     half = units @ form[:-1, :-1] + 2 * form[:-1, -1]
@@ -233,9 +251,16 @@ def width_costs(groups: Iterable[ChannelGroup]) -> dict[str, PolynomialCost]:
     """Each group's number of channels as a cost."""
     groups = tuple(groups)
     return {
-        g.name: PolynomialCost(groups, [_Term(g.name, g.step, (_Linear(0, ((i, 1),)),))])
+        g.name: PolynomialCost(groups, [_Term(g.name, g.step, (_Linear(0, ((i, 1),)),), g.block)])
         for i, g in enumerate(groups)
     }
+
+
+def block_costs(groups: Iterable[ChannelGroup]) -> dict[str, PolynomialCost]:
+    """Each residual block as a cost: 1 while it is there."""
+    groups = tuple(groups)
+    blocks = dict.fromkeys(g.block for g in groups if g.block is not None)
+    return {block: PolynomialCost(groups, [_Term(block, 1, (), block)]) for block in blocks}
 
 
 def weighted_sum(

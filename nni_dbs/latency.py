@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from nni_dbs.cost import FlopsCost, ParamsCost, PolynomialCost, weighted_sum, width_costs
+from nni_dbs.cost import FlopsCost, ParamsCost, PolynomialCost, block_costs, weighted_sum, width_costs
 from nni_dbs.errors import ConfigError, ResultError
 from nni_dbs.files import write
 from nni_dbs.space import Widths, WidthSpace
@@ -130,7 +130,8 @@ class LatencyCost:
         ]
         self._reference_ms = float(np.median([reference for _, reference in pairs]))
         self.full = full / beside * self._reference_ms
-        features = [flops, params, *flops.layers().values(), *width_costs(self.groups).values()]
+        own = (flops.layers(), width_costs(self.groups), block_costs(self.groups))
+        features = [flops, params, *(feature for costs in own for feature in costs.values())]
         self._fit(features, networks, np.array([ms / reference for ms, reference in pairs]))
 
     def __call__(self, widths: Mapping[str, int]) -> float:
@@ -147,6 +148,10 @@ class LatencyCost:
         Columns follow `groups`. Widths are not checked: real ones are relaxations.
         """
         return self._model.batch(widths) * self._unit
+
+    def expected(self, mean: Tensor, variance: Tensor, present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Expected milliseconds (B,); arguments as for `PolynomialCost.expected`."""
+        return self._model.expected(mean, variance, present) * self._unit
 
     def measure(self, widths: Mapping[str, int]) -> float:
         """Milliseconds of a network, measured now, or what the table has for these widths.
@@ -253,7 +258,8 @@ def spread(space: WidthSpace, samples: int, seed: int) -> list[Widths]:
 
     A quarter has all groups at one level of their choices. The random ones lie around levels that are
     spread evenly between the smallest and the largest network, as far around as the choices allow;
-    independent choices would nearly all come out half as large.
+    independent choices would nearly all come out half as large. Where residual blocks can go, half of the
+    random ones are without some of them, from nearly none to nearly all.
     """
     generator = torch.Generator().manual_seed(seed)
     uniform = samples // 4
@@ -264,16 +270,20 @@ def spread(space: WidthSpace, samples: int, seed: int) -> list[Widths]:
     offset = 2 * torch.rand(random, len(space.groups), generator=generator) - 1  # (R, G)
     levels = torch.cat([levels, centre[:, None] + room[:, None] * offset])
     choices = [space.choices(name) for name in space.names]
-    networks = (
-        Widths(
-            {
-                name: c[round(float(level) * (len(c) - 1))]
-                for name, c, level in zip(space.names, choices, row, strict=True)
-            }
-        )
-        for row in levels
-    )
-    return list(dict.fromkeys(networks))
+    blocks = sorted({g.block for g in space.groups if g.block is not None})
+    goes = torch.rand(len(levels), len(blocks), generator=generator) if blocks else None
+    networks: dict[Widths, None] = {}
+    for number, row in enumerate(levels):
+        widths = {
+            name: c[round(float(level) * (len(c) - 1))]
+            for name, c, level in zip(space.names, choices, row, strict=True)
+        }
+        if goes is not None and number >= uniform and number % 2:
+            share = (number - uniform) / random
+            removed = {block for block, chance in zip(blocks, goes[number], strict=True) if chance < share}
+            widths |= {g.name: 0 for g in space.groups if g.block in removed}
+        networks[Widths(widths)] = None
+    return list(networks)
 
 
 def fit(design: np.ndarray, ratios: np.ndarray) -> np.ndarray:

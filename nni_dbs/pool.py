@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from nni_dbs.cost import Bounds, PolynomialCost
+from nni_dbs.cost import Bounds, expected_cost
 from nni_dbs.errors import ConfigError
 from nni_dbs.projection import project_batch
 from nni_dbs.space import Widths, WidthSpace
@@ -76,12 +76,7 @@ def _share(p: Tensor, choices: Tensor, bounds: Bounds) -> Tensor:
     mean = (p * choices).sum(1)
     variance = (p * choices**2).sum(1) - mean**2
     shares = [
-        (
-            cost.expected(mean.unsqueeze(0), variance.unsqueeze(0))
-            if isinstance(cost, PolynomialCost)
-            else cost.batch(mean.unsqueeze(0))
-        )[0]
-        / most
+        expected_cost(cost, mean.unsqueeze(0), variance.unsqueeze(0))[0] / most
         for _, cost, most in bounds.limits
     ]
     return torch.stack(shares).max()

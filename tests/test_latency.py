@@ -17,10 +17,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import nni_dbs.latency
+from examples.cifar_resnet import BasicBlock, CifarResNet
 from nni_dbs import Budget, FlopsCost, LatencyCost, ParamsCost, WidthSpace, project
 from nni_dbs.errors import BudgetError, ConfigError, ResultError
 from nni_dbs.latency import drift_free, fit, held_out_error, medians_ms, spread
-from torch_pruning_adapters import ChannelGroup, WidthError
+from torch_pruning_adapters import (
+    ChannelGroup,
+    WidthError,
+    find_channel_groups,
+    find_residual_blocks,
+    removed_blocks,
+    shrink,
+)
 from torch_pruning_adapters.graph import call
 
 Truth = Callable[[nn.Module], float]
@@ -524,3 +532,33 @@ def test_a_table_that_cannot_be_read_or_written(tmp_path: Path, clock: Callable[
     (tmp_path / "file").touch()
     with pytest.raises(ResultError, match="cannot write"):
         latency(table=tmp_path / "file" / "table.json")
+
+
+def test_removed_blocks_are_measured_predicted_and_expected(clock: Callable[..., Clock]) -> None:
+    """A latency with a constant for each block, that widths alone could not tell."""
+
+    def truth(model: nn.Module) -> float:
+        blocks = sum(isinstance(m, BasicBlock) for m in model.modules())
+        return 0.2 + 0.3 * blocks + 1e-5 * sum(p.numel() for p in model.parameters())
+
+    clock(truth)
+    model, x = CifarResNet(14, num_classes=3), torch.zeros(1, 3, 8, 8)
+    groups = find_residual_blocks(model, find_channel_groups(model, x), x)
+    space = WidthSpace(groups, divisor=4)
+    blocks = {g.block for g in groups if g.block is not None}
+    networks = spread(space, 40, seed=0)
+    gone = [set(removed_blocks(groups, widths)) for widths in networks]
+    assert set().union(*gone) == blocks and set() in gone and any(g != blocks for g in gone if g)
+    cost = LatencyCost(model, x, space, threads=1, quiet=True)
+    assert cost.error < 0.03
+    for block in blocks:  # each block's own rate is held small, so that a part of its 0.3 ms is missed
+        widths, whole = space.without([block]).uniform(0.5), space.uniform(0.5)
+        saved = truth(shrink(model, groups, whole)) - truth(shrink(model, groups, widths))
+        assert cost(whole) - cost(widths) == pytest.approx(saved, rel=0.3)
+    mean = space.encode(space.uniform(0.5)).unsqueeze(0)
+    block = min(blocks)
+    there = cost.batch(mean)
+    left = cost.batch(space.encode(space.without([block]).uniform(0.5)).unsqueeze(0))
+    half = {block: torch.full((1,), 0.5, dtype=torch.float64)}
+    expected = cost.expected(mean, torch.zeros_like(mean), half)
+    torch.testing.assert_close(expected, (there + left) / 2, rtol=1e-9, atol=0)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, cosine, scaled_rate
-from nni_dbs.cost import Bounds, PolynomialCost
+from nni_dbs.cost import Bounds, expected_cost
 from nni_dbs.errors import ConfigError
 from nni_dbs.projection import project_batch
 from nni_dbs.sampling import Step
@@ -211,18 +211,15 @@ def expected_costs(mean: Tensor, variance: Tensor, bounds: Bounds) -> tuple[Tens
     """Each limit's expected cost and the most that it may be, (I,) float64 both; differentiable.
 
     FLOPs and parameters are exact expectations over independent groups (`PolynomialCost.expected`): a dense
-    layer costs a E[c_in] E[c_out], a depthwise one a E[c], one within a group a E[c^2]. Other costs are
-    taken at the mean widths.
+    layer costs a E[c_in] E[c_out], a depthwise one a E[c], one within a group a E[c^2]. A user's own
+    cost may be taken at the mean widths (`expected_cost`).
 
     Args:
         mean, variance: Of the widths (G,), in the order of `WidthSpace.encode`, as of `MarkovWidths`.
         bounds: The budget.
     """
     one = mean.unsqueeze(0)
-    costs = [
-        cost.expected(one, variance.unsqueeze(0)) if isinstance(cost, PolynomialCost) else cost.batch(one)
-        for _, cost, _ in bounds.limits
-    ]
+    costs = [expected_cost(cost, one, variance.unsqueeze(0)) for _, cost, _ in bounds.limits]
     return torch.cat(costs), mean.new_tensor([most for _, _, most in bounds.limits])
 
 

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from nni_dbs.algorithms.tas_supernet import Pair, Stage, TASSupernet, single
 from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, scaled_rate
-from nni_dbs.cost import Bounds, PolynomialCost
+from nni_dbs.cost import Bounds, expected_cost
 from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.projection import FULL, project_batch
 from nni_dbs.space import ROUNDING, Widths, WidthSpace
@@ -324,8 +324,8 @@ def expected_costs(widths: WidthLogits, depths: DepthLogits, bounds: Bounds) -> 
     """Each limit's expected cost, the cost of the most probable network, and the most that it may be.
 
     FLOPs and parameters are exact expectations over independent widths and depths, differentiable
-    (`PolynomialCost.expected`). What other costs (latency) are expected to be is taken at the mean widths and
-    at full depth, so that depths get no gradient from them.
+    (`PolynomialCost.expected`), and so is what the model of a latency predicts. A user's own cost is taken at
+    the mean widths and at full depth, so that depths get no gradient from it.
 
     Args:
         widths, depths: On the CPU.
@@ -340,9 +340,7 @@ def expected_costs(widths: WidthLogits, depths: DepthLogits, bounds: Bounds) -> 
     gone = torch.tensor([g.block in removed for g in widths.space.groups], dtype=torch.bool)  # (G,)
     best = widths.most_probable().masked_fill(gone, 0).unsqueeze(0)
     costs = [cost for _, cost, _ in bounds.limits]
-    expected = [
-        c.expected(mean, variance, present) if isinstance(c, PolynomialCost) else c.batch(mean) for c in costs
-    ]
+    expected = [expected_cost(cost, mean, variance, present) for cost in costs]
     found = [cost.batch(best) for cost in costs]
     return torch.cat(expected), torch.cat(found), mean.new_tensor([most for _, _, most in bounds.limits])
 
