@@ -125,7 +125,7 @@ class ArchitectureSearch(ABC):
             parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):
             if gradient is not None and dist.is_available() and dist.is_initialized():
-                gradient = _mean_over_ranks(gradient, loss.device)
+                gradient = _mean_over_ranks(gradient, task.device)
             parameter.grad = gradient
         self.optimizer.step()
 

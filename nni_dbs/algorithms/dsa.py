@@ -21,7 +21,8 @@ Source: Ning et al., "DSA: More Efficient Budgeted Pruning via Differentiable Sp
 (arXiv 2004.02164). Its public code covers test time and the masks only. Known from there are the
 probabilities with their gradient, the straight-through masks, theta = 5 at first, and the importance of a
 group's first layer. A reconstruction are the schedule of the steepness, everything about the splitting beside
-that it is like ADMM, the importance of whole groups, and the repair when hardening.
+that it is like ADMM (its metric, its stiffness, when it is updated), the importance of whole groups, the
+whole training (`DSASearch`), and the repair when hardening.
 
 Three habits of that code are not repeated. It solves for the threshold up to 0.02 in its logarithm, which at
 steepness 100 is two logits; here the tolerance is on the mean probability. It adds 0.01 to all probabilities,

@@ -19,6 +19,7 @@ from nni_dbs.algorithms.dsa import (
     BudgetProjection,
     KeepRatios,
     Splitting,
+    cost_metric,
     draw_masks,
     gates_of,
     group_importance,
@@ -352,20 +353,36 @@ def test_projected_ratios_meet_the_budget(share: float, seed: int, centre: float
 
 
 @pytest.mark.parametrize("share", [0.75, 0.5, 1 / 3])
-def test_the_projection_is_a_stationary_point(share: float) -> None:
-    """z = clip(v - mu dF/dz) with one mu for all groups, and so for the groups at their bounds."""
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_projection_is_a_stationary_point(weighted: bool, share: float) -> None:
+    """z = clip(v - mu / metric dF/dz) with one mu for all groups, and so for the groups at their bounds."""
     _, space, cost = resnet()
-    projection = BudgetProjection(space, bound(share, cost))
+    metric = 0.5 + torch.rand(12, dtype=DOUBLE) if weighted else None
+    projection = BudgetProjection(space, bound(share, cost), metric)
     v = 0.7 + 0.5 * torch.rand(12, dtype=DOUBLE)
     z = projection(v).requires_grad_()
     (slope,) = torch.autograd.grad(cost.batch(projection.widths(z).unsqueeze(0)).sum(), z)
-    z = z.detach()
+    slope, z = slope / projection.metric, z.detach()
     free = (z > projection.lo) & (z < projection.hi)
     assert free.sum() >= 4
     multipliers = ((v - z) / slope)[free]
     assert float(multipliers.min()) > 0
     expected = (v - multipliers.mean() * slope).clamp(projection.lo, projection.hi)
     torch.testing.assert_close(z, expected, rtol=0, atol=1e-8)
+
+
+def test_in_the_metric_of_the_cost_a_small_step_narrows_all_groups_alike() -> None:
+    """To the first order; in the plain metric the group that most layers share is narrowed twice as much."""
+    _, space, cost = resnet()
+    bounds = bound(0.999, cost)
+    full = torch.ones(12, dtype=DOUBLE)
+    metric = cost_metric(space, bounds)
+    assert float(metric.mean()) == pytest.approx(1)
+    alike = 1 - BudgetProjection(space, bounds, metric)(full)
+    assert float(alike.max() / alike.min()) == pytest.approx(1, abs=2e-3)
+    plain = 1 - BudgetProjection(space, bounds)(full)
+    torch.testing.assert_close(plain / plain.mean(), metric, rtol=2e-3, atol=0)
+    assert float(plain.max() / plain.mean()) > 2
 
 
 def test_the_projection_onto_a_plane_has_a_closed_form() -> None:
@@ -482,6 +499,15 @@ def test_the_penalty_pulls_by_rho_times_the_distance() -> None:
     a = row(0.9, 0.4)[0].requires_grad_()
     splitting.penalty(a).backward()
     torch.testing.assert_close(a.grad, row(4 * (0.9 - 0.5 + 0.1), 4 * (0.4 - 0.2 - 0.3))[0])
+
+
+def test_penalty_and_balance_follow_the_metric() -> None:
+    metric = row(2.0, 0.5)[0]
+    splitting = Splitting.begin(row(1.0, 1.0)[0], row(0.3, 0.0)[0], lambda v: v - 0.4, metric)
+    assert splitting.rho * 0.05 * 2.0 == pytest.approx(0.3)
+    a = row(1.0, 1.0)[0].requires_grad_()
+    splitting.penalty(a).backward()
+    torch.testing.assert_close(a.grad, splitting.rho * metric * 0.4)
 
 
 def test_the_dual_gathers_the_distance() -> None:
