@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from nni_dbs.errors import DataError, TrainingError
+from nni_dbs.errors import ConfigError, DataError, TrainingError
 from nni_dbs.sampling import Step
 from nni_dbs.space import Widths
 from nni_dbs.steps import Distill, PatchedStep, kl_divergence, pass_loss, step_loss
@@ -31,6 +31,7 @@ from torch_pruning_adapters.graph import tensors_in
 from torch_pruning_adapters.importance import Order
 
 ComputeLoss = Callable[[], Tensor]
+_LOGGED = ("progress", "loss", "used")
 
 
 class ArchitectureSearch(ABC):
@@ -43,6 +44,8 @@ class ArchitectureSearch(ABC):
         generator: Of everything random.
         bilevel: Whether the architecture's steps should have data of their own.
         log: One entry for each step on the architecture: progress, loss and expected use of the budget.
+        scale: What a GradScaler multiplies losses by at present; gradients are taken at it, so that small
+            float16 ones survive.
     """
 
     bilevel: ClassVar[bool]
@@ -55,6 +58,7 @@ class ArchitectureSearch(ABC):
         self.optimizer = optimizer
         self.generator = generator
         self.log: list[dict[str, float]] = []
+        self.scale: Tensor | float = 1.0
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -91,42 +95,44 @@ class ArchitectureSearch(ABC):
         tensors: dict[str, Any] = dict(self.architecture.state_dict(prefix="architecture."))
         for number, entries in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{n}": v for n, v in entries.items() if isinstance(v, Tensor)}
-        return {**tensors, "generator": self.generator.get_state(), "log": self.log}
+        log = torch.tensor([[line[key] for key in _LOGGED] for line in self.log], dtype=torch.float64)
+        return {**tensors, "generator": self.generator.get_state(), "log": log}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`, on a search made anew with the same arguments."""
-        self.architecture.load_state_dict(_below("architecture.", state))
+        self.architecture.load_state_dict(entries_below("architecture.", state))
         optimizer = self.optimizer.state_dict()
         optimizer["state"] = {}
-        for key, value in _below("optimizer.", state).items():
+        for key, value in entries_below("optimizer.", state).items():
             number, name = key.split(".")
             optimizer["state"].setdefault(int(number), {})[name] = value
         self.optimizer.load_state_dict(optimizer)
         self.generator.set_state(state["generator"])
-        self.log = list(state["log"])
+        self.log = [dict(zip(_LOGGED, line, strict=True)) for line in state["log"].tolist()]
+
+    def _gradients(self, loss: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Of the loss; None where it does not depend on an input. The weights' stay as they are."""
+        found = torch.autograd.grad(loss * self.scale, inputs, allow_unused=True)
+        return [None if g is None else g / torch.as_tensor(self.scale).to(g) for g in found]
 
     def _descend(self, loss: Tensor, task: Tensor) -> None:
-        """One step of the optimiser; the weights' gradients are left as they are.
+        """One step of the optimiser, by gradients averaged over the ranks of a distributed training.
 
         Args:
             loss: What has the gradients.
             task: The task's part of it, or what that is made from.
 
         Raises:
-            TrainingError: The task's loss is not finite.
+            TrainingError: The task's loss or a gradient is not finite.
         """
-        if not task.isfinite():
-            raise TrainingError(
-                f"the loss of a step on the architecture became {task.item()}; lower the learning rate of "
-                "the weights"
-            )
         parameters = list(self.architecture.parameters())
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
-        ):
-            if gradient is not None and dist.is_available() and dist.is_initialized():
-                gradient = _mean_over_ranks(gradient, task.device)
-            parameter.grad = gradient
+        for parameter, gradient in zip(parameters, self._gradients(loss, parameters), strict=True):
+            parameter.grad = None if gradient is None else mean_over_ranks(gradient, task.device)
+        wrong = "" if task.isfinite() else f"the loss of a step on the architecture became {task.item()}"
+        if not all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None):
+            wrong = wrong or "a step on the architecture has gradients that are not finite"
+        if wrong:
+            raise TrainingError(f"{wrong}; lower the learning rate of the weights")
         self.optimizer.step()
 
     def _record(self, progress: float, loss: Tensor, used: Tensor) -> None:
@@ -153,7 +159,8 @@ class BilevelStep(PatchedStep):
         distill: See `SupernetStep`.
 
     Raises:
-        DataError: No second batch, or batches too small to be halved.
+        ConfigError: No steps.
+        DataError: No second batch, one unlike those of the weights, or batches that cannot be halved.
         TrainingError: As `SupernetStep`; a loss that is not finite.
     """
 
@@ -167,6 +174,8 @@ class BilevelStep(PatchedStep):
         distill: Distill = kl_divergence,
     ) -> None:
         super().__init__(search.supernet, training_step, distill)
+        if steps < 1:
+            raise ConfigError(f"a training of {steps} steps cannot train an architecture; give it at least 1")
         self.search = search
         self.steps = steps
         self.batch_at = batch_at
@@ -182,6 +191,7 @@ class BilevelStep(PatchedStep):
         if self.search.due(self.taken, progress):
             args, kwargs = self._train_architecture(args, kwargs, progress)
         self.taken += 1
+        self.search.scale = self._scale.value
         weights_pass = self.search.weights_pass(progress)
 
         def make_loss(compute_loss: ComputeLoss) -> Tensor:
@@ -214,6 +224,10 @@ class BilevelStep(PatchedStep):
         assert self.second is not None
         batch = next(self.second)
         self.drawn += 1
+        if _form(batch) != _form(like):
+            raise DataError(
+                f"the second loader gives {_form(batch)}, the training {_form(like)}; let both give the same"
+            )
         tensors = tensors_in(like)
         return _mapped(batch, lambda t: t.to(tensors[0].device)) if tensors else batch
 
@@ -236,6 +250,14 @@ def scaled_rate(rate: float, steps: int, published: int, most: float) -> float:
     that are longer than the published ones keep its rate. (A reconstruction: no paper searches so briefly.)
     """
     return min(max(rate, rate * published / max(steps, 1)), most)
+
+
+def check_architecture(*, limit: int = 2, lr: float | None = None) -> None:
+    """Raises `ConfigError` for fewer than 2 widths of a group, or a learning rate that is not positive."""
+    if limit < 2:
+        raise ConfigError(f"limit must be at least 2 widths, not {limit}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ConfigError(f"lr must be positive, not {lr}")
 
 
 def cosine(progress: float, first: float, last: float) -> float:
@@ -268,36 +290,60 @@ def _again_and_again(batches: Iterable[Any]) -> Iterator[Any]:
             )
 
 
+def _form(batch: Any) -> str:
+    """What a batch is made of, for comparison."""
+    if isinstance(batch, Mapping):
+        return f"mappings with {', '.join(sorted(map(str, batch)))}"
+    if isinstance(batch, (list, tuple)):
+        return f"batches of {len(batch)} parts"
+    return "tensors" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+
+
 def _halves(batch: Any) -> tuple[Any, Any]:
-    """The first and the second half of the samples of a batch."""
-    size = next((len(t) for t in tensors_in(batch) if t.dim()), 0)
+    """The first and the second half of a batch: of tensors, and of lists with an entry for each sample."""
+    parts = list(batch.values()) if isinstance(batch, Mapping) else [batch]
+    parts = list(batch) if isinstance(batch, (list, tuple)) else parts
+    lengths = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
+    lengths += [len(part) for part in parts if isinstance(part, (list, tuple))]
+    size = next(iter(lengths or [len(t) for t in tensors_in(parts) if t.dim()]), 0)
     if size < 4:
         raise DataError(
             f"a batch of {size} samples cannot be halved for weights and architecture; use larger batches, "
             "or give the architecture a loader of its own"
         )
+
+    def whole(part: Any) -> bool:
+        return isinstance(part, Tensor) and part.dim() > 0 and len(part) == size
+
+    def divisible(part: Any) -> bool:
+        listed = isinstance(part, (list, tuple)) and part is not batch and len(part) == size
+        return whole(part) or (listed and not all(map(whole, part)))
+
     middle = size - size // 2
-
-    def part(of: slice) -> Any:
-        return _mapped(batch, lambda t: t[of] if t.dim() and len(t) == size else t)
-
-    return part(slice(middle)), part(slice(middle, size))
+    first, second = slice(middle), slice(middle, size)
+    return _mapped(batch, lambda p: p[first], divisible), _mapped(batch, lambda p: p[second], divisible)
 
 
-def _mapped(batch: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of nested containers, each of its own type, with `fn` applied to every tensor."""
-    if isinstance(batch, Tensor):
+def _is_tensor(part: Any) -> bool:
+    return isinstance(part, Tensor)
+
+
+def _mapped(batch: Any, fn: Callable[[Any], Any], where: Callable[[Any], bool] = _is_tensor) -> Any:
+    """A copy of nested containers, each of its own type, with `fn` applied where `where` says so."""
+    if where(batch):
         return fn(batch)
     if isinstance(batch, MutableMapping):
         mapped = copy.copy(batch)
-        mapped.update({name: _mapped(part, fn) for name, part in batch.items()})
+        mapped.update({name: _mapped(part, fn, where) for name, part in batch.items()})
         return mapped
     if isinstance(batch, (list, tuple)):
-        parts = [_mapped(part, fn) for part in batch]
+        parts = [_mapped(part, fn, where) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         names = [f.name for f in dataclasses.fields(batch)]
-        return dataclasses.replace(batch, **{name: _mapped(getattr(batch, name), fn) for name in names})
+        return dataclasses.replace(
+            batch, **{name: _mapped(getattr(batch, name), fn, where) for name in names}
+        )
     return batch
 
 
@@ -310,11 +356,20 @@ def _with_batch(
     return (*args[:position], batch, *args[position + 1 :]), kwargs
 
 
-def _mean_over_ranks(gradient: Tensor, device: torch.device) -> Tensor:
-    shared = gradient.to(device)
+def mean_over_ranks(gradient: Tensor, device: torch.device | None = None) -> Tensor:
+    """The mean over the processes of a distributed training; the same tensor if there is none.
+
+    Args:
+        gradient: Of any device.
+        device: That the processes communicate by; default: the gradient's.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return gradient
+    shared = gradient.to(device or gradient.device, copy=True)
     dist.all_reduce(shared)
     return (shared / dist.get_world_size()).to(gradient.device)
 
 
-def _below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+def entries_below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries whose names begin with a prefix, without it."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}

@@ -70,7 +70,7 @@ class Config:
         config_list: NNI's selection of layers.
         min_ratio, divisor: See `WidthSpace`.
         train: Of the full model, before pruning (0 epochs: `arguments` bring trained weights).
-        supernet: Of the full model as a supernet, where the method trains one (0 epochs: search without).
+        supernet: Of the full model as a supernet, where the method trains one (dbs can do without: 0 epochs).
         finetune: Of the pruned model.
         final: How that is trained: `finetune` from the weights that it inherits, from `scratch`, or
             `distill`: inside of the full model, which teaches it (`Slimmable`).

@@ -153,7 +153,7 @@ class Supernet:
         for module in self.model.modules() if cuts is not None else ():
             if module not in forwards and any(p is not None for p in module._parameters.values()):
                 forwards[module] = _Sliced(module, {}, cuts)
-        with _running(self.model, forwards):
+        with running(self.model, forwards):
             yield self.model
 
     @contextmanager
@@ -179,7 +179,7 @@ class Supernet:
             WidthError: Unknown or frozen group, or a gate of the wrong shape.
         """
         self._check_gates(gates)
-        with _running(self.model, self._gated(gates)):
+        with running(self.model, self._gated(gates)):
             yield self.model
 
     @contextmanager
@@ -215,7 +215,7 @@ class Supernet:
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm):
                 forwards[module] = _InParts(name, module, len(networks))
-        with _running(self.model, forwards):
+        with running(self.model, forwards):
             yield self.model
 
     def gates_of(self, widths: Mapping[str, int]) -> dict[str, Tensor]:
@@ -246,18 +246,18 @@ class Supernet:
 
     def _sliced(
         self, widths: Mapping[str, int], cuts: list[Cut] | None = None
-    ) -> dict[nn.Module, _Replacement]:
+    ) -> dict[nn.Module, Replacement]:
         """What the layers that narrow do instead, and what removed blocks do."""
         kept = self._kept(widths)
         narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
         removed = removed_blocks(self.groups, widths)
         touched = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
         axes = axes_outside(touched, removed)
-        forwards: dict[nn.Module, _Replacement] = {
-            _submodule(self.model, block): _Removed() for block in removed
+        forwards: dict[nn.Module, Replacement] = {
+            submodule(self.model, block): _Removed() for block in removed
         }
         for layer, entries in kept_entries(axes, keep_mask(self.groups, kept)).items():
-            module = _submodule(self.model, layer)
+            module = submodule(self.model, layer)
             forwards[module] = _Sliced(module, entries, cuts)
         return forwards
 
@@ -266,10 +266,10 @@ class Supernet:
         check_widths(self.groups, widths)
         return {g.name: np.sort(self.order[g.name][: widths.get(g.name, g.size)]) for g in self.groups}
 
-    def _gated(self, gates: Mapping[str, Tensor], parts: int | None = None) -> dict[nn.Module, _Replacement]:
+    def _gated(self, gates: Mapping[str, Tensor], parts: int | None = None) -> dict[nn.Module, Replacement]:
         numbers = np.cumsum([0, *(g.size for g in self.groups)])  # of each group's first channel
         first = dict(zip((g.name for g in self.groups), numbers, strict=False))
-        forwards: dict[nn.Module, _Replacement] = {}
+        forwards: dict[nn.Module, Replacement] = {}
         for (layer, role), axis in self._axes.items():
             on_axis = {name: gates[name] for name in axis.groups if name in gates}
             if role != "consumer" or not on_axis:
@@ -280,7 +280,7 @@ class Supernet:
                 size = gate.shape[-1]
                 position[first[name] : first[name] + size] = length + np.arange(size)
                 length += size
-            module = _submodule(self.model, layer)
+            module = submodule(self.model, layer)
             after = module.weight.dim() - 2  # of a convolution, its spatial dimensions
             forwards[module] = _Gated(layer, after, list(on_axis.values()), position[axis.channels], parts)
         return forwards
@@ -300,7 +300,7 @@ class Supernet:
                 )
 
 
-def _submodule(model: nn.Module, name: str) -> Any:
+def submodule(model: nn.Module, name: str) -> Any:
     """`get_submodule` without its checks, which take a fifth of a change of widths."""
     module: Any = model
     for part in name.split(".") if name else ():
@@ -308,7 +308,7 @@ def _submodule(model: nn.Module, name: str) -> Any:
     return module
 
 
-class _Replacement:
+class Replacement:
     """What a layer does instead of its `forward`; copies of the layer get the original.
 
     Attributes:
@@ -336,14 +336,14 @@ class _Replacement:
         return getattr, (self.forward.__self__, self.forward.__name__)  # type: ignore[attr-defined]
 
 
-class _Removed(_Replacement):
+class _Removed(Replacement):
     """A residual block without its branch."""
 
     def run(self, x: Tensor) -> Tensor:
         return x
 
 
-class _Sliced(_Replacement):
+class _Sliced(Replacement):
     """A layer on the active part of its parameters and buffers.
 
     Args:
@@ -407,7 +407,7 @@ class _Sliced(_Replacement):
         return part
 
 
-class _Gated(_Replacement):
+class _Gated(Replacement):
     """A layer that reads its input times the gates of the groups on its input axis.
 
     Args:
@@ -459,7 +459,7 @@ class _Gated(_Replacement):
         return factors.reshape(shape).to(x.dtype)
 
 
-class _InParts(_Replacement):
+class _InParts(Replacement):
     """A BatchNorm that normalises each part of the batch by itself in train mode."""
 
     def __init__(self, layer: str, module: _BatchNorm, parts: int) -> None:
@@ -486,14 +486,14 @@ def _part_size(layer: str, x: Tensor, parts: int) -> int:
 class _Block:
     """Replacements that come and go together."""
 
-    def __init__(self, forwards: Mapping[nn.Module, _Replacement]) -> None:
+    def __init__(self, forwards: Mapping[nn.Module, Replacement]) -> None:
         self.forwards = dict(forwards)
         self.recomputes = False
         for replacement in self.forwards.values():
             replacement.block = self
 
     def install(self) -> None:
-        if any(isinstance(module.forward, _Replacement) for module in self.forwards):
+        if any(isinstance(module.forward, Replacement) for module in self.forwards):
             raise RuntimeError(
                 "layers of this model are inside of a block of a supernet of another module; leave that first"
             )
@@ -516,7 +516,8 @@ _RUNNING: WeakKeyDictionary[nn.Module, _Block] = WeakKeyDictionary()
 
 
 @contextmanager
-def _running(model: nn.Module, forwards: Mapping[nn.Module, _Replacement]) -> Iterator[None]:
+def running(model: nn.Module, forwards: Mapping[nn.Module, Replacement]) -> Iterator[None]:
+    """Within the block these modules of the model run their replacements, those of outer blocks do not."""
     outer, inner = _RUNNING.pop(model, None), _Block(forwards)
     if outer is not None:
         outer.remove()

@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from nni_dbs.bilevel import entries_below
 from nni_dbs.config import Recipe
 from nni_dbs.data import loader
 from nni_dbs.errors import ConfigError, ResultError, TrainingError
@@ -255,9 +256,9 @@ def load_checkpoint(
             if step is not None and ("step" in progress) != isinstance(step, PatchedStep):
                 raise ValueError("it was written by another kind of training step")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        model.load_state_dict(_below("model.", tensors))
+        model.load_state_dict(entries_below("model.", tensors))
         if isinstance(step, PatchedStep):
-            step.load_state_dict({**progress["step"], **_below("step.", tensors)})
+            step.load_state_dict({**progress["step"], **entries_below("step.", tensors)})
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ResultError(
@@ -275,10 +276,6 @@ def _trained(model: nn.Module, step: Any) -> dict[str, nn.Parameter]:
     """The parameters of a training, the model's own and those that a step adds, by distinct names."""
     added = step.parameters if isinstance(step, PatchedStep) else {}
     return {**dict(model.named_parameters()), **{f"+{name}": p for name, p in added.items()}}
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def _epoch(

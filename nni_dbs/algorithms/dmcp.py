@@ -15,7 +15,11 @@ once, one-sided budgets, and the clamp of the logits. Bugs of the reference that
 - the gradient of a depthwise layer's expected cost is counted twice;
 - sampling a bottleneck draws the width of its 3x3 convolution from another group's chain;
 - direct sampling draws until enough networks hit the budget, for ever if none does;
-- the expected network is never compared with the budget.
+- the expected network is never compared with the budget;
+- steps on the chains leave the statistics of their scaled activations in BatchNorm (`nni_dbs.bilevel`).
+
+Here the step on the chains goes before that on the weights, where the reference has it after; and random
+widths are drawn from the space's choices, where it rounds to multiples of 8.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, cosine, scaled_rate
+from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, check_architecture, cosine, scaled_rate
 from nni_dbs.cost import Bounds, expected_cost
 from nni_dbs.errors import ConfigError
 from nni_dbs.projection import project_batch
@@ -361,6 +365,7 @@ class DMCPSearch(ArchitectureSearch):
         weight: float = 0.1,
         lr: float | None = None,
     ) -> None:
+        check_architecture(limit=limit, lr=lr)
         self.chains = MarkovWidths(space, limit)
         self.lr = scaled_rate(0.5, steps // 2, _STEPS, most=5.0) if lr is None else lr
         optimizer = torch.optim.SGD(self.chains.parameters(), self.lr, momentum=0.9, nesterov=True)

@@ -24,6 +24,9 @@ group's first layer. A reconstruction are the schedule of the steepness, everyth
 that it is like ADMM (its metric, its stiffness, when it is updated), the importance of whole groups, the
 whole training (`DSASearch`), and the repair when hardening.
 
+The budget here is one of this library: in multiply-adds, the classifier included, where that code counts two
+operations for each and leaves the classifier out; and the first layer's importance alone is not offered.
+
 Three habits of that code are not repeated. It solves for the threshold up to 0.02 in its logarithm, which at
 steepness 100 is two logits; here the tolerance is on the mean probability. It adds 0.01 to all probabilities,
 which moves their mean off the keep ratio. It calls SciPy for each group and step; here all groups are solved
@@ -46,8 +49,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, scaled_rate
+from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, check_architecture, scaled_rate
 from nni_dbs.cost import Bounds, Cost
+from nni_dbs.errors import ConfigError
 from nni_dbs.projection import project
 from nni_dbs.space import Widths, WidthSpace
 from nni_dbs.supernet import Supernet
@@ -559,6 +563,10 @@ class DSASearch(ArchitectureSearch):
         lr: float | None = None,
         last: float = 50.0,
     ) -> None:
+        check_architecture(lr=lr)
+        self.check(warmup, every)
+        if last < 1 or (interval is not None and interval < 1):
+            raise ConfigError(f"last and interval must be at least 1, not {last} and {interval}")
         self.ratios = KeepRatios(space)
         own_steps = int(steps * (1 - warmup)) // every
         rate = scaled_rate(0.01, own_steps, 3000, most=0.2) if lr is None else lr
@@ -576,6 +584,14 @@ class DSASearch(ArchitectureSearch):
         self._apart = math.inf
         self._slopes = torch.zeros_like(self.beta)
 
+    @staticmethod
+    def check(warmup: float, every: int) -> None:
+        """Raises `ConfigError` for values that make no schedule."""
+        if not 0 <= warmup < 1:
+            raise ConfigError(f"warmup must lie in [0, 1), not {warmup}")
+        if every < 1:
+            raise ConfigError(f"every must be at least 1, not {every}")
+
     def due(self, taken: int, progress: float) -> bool:
         return progress >= self.warmup and taken % self.every == 0
 
@@ -591,7 +607,8 @@ class DSASearch(ArchitectureSearch):
         masks = draw_masks(keep_probabilities(log_b, valid, a, self.beta), self.generator)
         with self._masked(masks):
             task = compute_loss()
-            (gradient,) = torch.autograd.grad(task, a)
+            (gradient,) = self._gradients(task, [a])
+        assert gradient is not None
         self._slopes += gradient.abs()
         penalty = 0.0 if self.splitting is None else self.splitting.penalty(a)
         self._descend((gradient * a).sum() + penalty, task)

@@ -25,7 +25,10 @@ channels, and the final ResNet gets extra shortcuts where they differ. Here coup
 that any network can be searched, its sums and concatenations fit, and nothing has to be inserted. A layer
 within one group then costs E[c^2], not E[c]^2. A removed block has width 0 in the groups inside of it.
 
-Reconstructions: several limits at once, projection into the budget, groups with a step of their own, layers
+The paper's way for ResNets, whose blocks narrow their sums freely, is not here.
+
+Reconstructions: candidates spread evenly over any space's choices (the paper's own are `paper_choices`),
+several limits at once, projection into the budget, groups with a step of their own, layers
 without a BatchNorm of their own (`TASSupernet`), stages of any network (`find_stages`). Quirks of the code
 that are not repeated:
 
@@ -48,11 +51,12 @@ import torch
 from torch import Tensor, nn
 
 from nni_dbs.algorithms.tas_supernet import Pair, Stage, TASSupernet, single
-from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, scaled_rate
+from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, check_architecture, cosine, scaled_rate
 from nni_dbs.cost import Bounds, expected_cost
 from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.projection import FULL, project_batch
 from nni_dbs.space import ROUNDING, Widths, WidthSpace
+from torch_pruning_adapters import ChannelGroup
 from torch_pruning_adapters.importance import Order
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -83,6 +87,11 @@ def candidates(channels: int, ratios: Sequence[float] = RATIOS, step: int = 1) -
     return tuple(step * n for n in sorted(steps))
 
 
+def paper_choices(group: ChannelGroup) -> tuple[int, ...]:
+    """The paper's `candidates` of a group; a frozen one keeps its width. For `choices` of a pruner."""
+    return (group.size,) if group.frozen is not None else candidates(group.size, step=group.step)
+
+
 def linear_temperature(progress: float, first: float = 10.0, last: float = 0.1) -> float:
     """The paper's temperature at `progress` in [0, 1]."""
     return first + (last - first) * progress
@@ -90,7 +99,7 @@ def linear_temperature(progress: float, first: float = 10.0, last: float = 0.1) 
 
 def cosine_temperature(progress: float, first: float = 5.0, last: float = 0.1) -> float:
     """The public code's temperature at `progress` in [0, 1]."""
-    return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+    return cosine(progress, first, last)
 
 
 class WidthLogits(nn.Module):
@@ -434,6 +443,7 @@ class TASSearch(ArchitectureSearch):
     """
 
     bilevel = True
+    supernet: TASSupernet
 
     def __init__(
         self,
@@ -449,6 +459,7 @@ class TASSearch(ArchitectureSearch):
         lr: float | None = None,
         temperature: Callable[[float], float] = cosine_temperature,
     ) -> None:
+        check_architecture(limit=limit, lr=lr)
         generator = torch.Generator().manual_seed(seed)
         self.widths = WidthLogits(space, limit, generator=generator)
         self.depths = DepthLogits(supernet.stages, generator=generator)
@@ -456,7 +467,6 @@ class TASSearch(ArchitectureSearch):
         rate = scaled_rate(0.001, steps, _STEPS, most=0.1) if lr is None else lr
         optimizer = torch.optim.Adam(architecture.parameters(), rate, betas=(0.5, 0.999), weight_decay=0.001)
         super().__init__(supernet, architecture, optimizer, generator)
-        self.mixed = supernet
         self.bounds = bounds
         self.weight = weight
         self.tolerance = tolerance
@@ -464,7 +474,7 @@ class TASSearch(ArchitectureSearch):
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        return dict(self.mixed.norms.named_parameters())
+        return dict(self.supernet.norms.named_parameters())
 
     def due(self, taken: int, progress: float) -> bool:
         return True
@@ -488,19 +498,27 @@ class TASSearch(ArchitectureSearch):
 
     def settle(self, widths: Widths) -> Order:
         """Gives the model the BatchNorm copies of these widths."""
-        self.mixed.adopt(widths)
+        self._follow()
+        self.supernet.adopt(widths)
         return super().settle(widths)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **self.mixed.norms.state_dict(prefix="norms.")}
+        return {**super().state_dict(), **self.supernet.norms.state_dict(prefix="norms.")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.mixed.norms.load_state_dict(
+        self.supernet.norms.load_state_dict(
             {name.removeprefix("norms."): t for name, t in state.items() if name.startswith("norms.")}
         )
 
+    def _follow(self) -> None:
+        """Moves the copies of BatchNorm to where the model is: Lightning moves it as it starts and ends."""
+        device = next(self.supernet.model.parameters()).device
+        if any(p.device != device for p in self.supernet.norms.parameters()):
+            self.supernet.norms.to(device)
+
     def _drawn(self, progress: float) -> AbstractContextManager[Any]:
+        self._follow()
         tau = self.temperature(progress)
         pairs = self.widths.sample(tau, self.generator)
-        return self.mixed.sampled(pairs, self.depths.sample(tau, self.generator))
+        return self.supernet.sampled(pairs, self.depths.sample(tau, self.generator))

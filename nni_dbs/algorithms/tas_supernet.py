@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nni_dbs.supernet import Supernet, _Replacement, _running, _submodule
+from nni_dbs.supernet import Replacement, Supernet, running, submodule
 from torch_pruning_adapters import ChannelGroup, WidthError
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.graph import Inputs, call, preserved, tensors_in
@@ -200,7 +200,7 @@ class TASSupernet(Supernet):
         self._points = self._find_points(example_inputs)
         self.norms = nn.ModuleDict()
         for point in self._points:
-            norm = _submodule(model, point.layer)
+            norm = submodule(model, point.layer)
             for name, share in point.shares.items() if isinstance(norm, _BatchNorm) else ():
                 for width in self.candidates[name]:
                     self.norms[_key(point.layer, name, width)] = _cut(norm, share.of(width))
@@ -236,7 +236,7 @@ class TASSupernet(Supernet):
         """
         forwards = self._mixed(pairs)
         forwards |= self._deep(depths or {})
-        with _running(self.model, forwards):
+        with running(self.model, forwards):
             yield self.model
 
     @torch.no_grad()
@@ -252,7 +252,7 @@ class TASSupernet(Supernet):
         """
         self._kept(widths)
         for point in self._points:
-            whole = _tensors(_submodule(self.model, point.layer))
+            whole = _tensors(submodule(self.model, point.layer))
             for name, share in point.shares.items():
                 width = widths.get(name, 0)
                 wider = next((c for c in self.candidates[name] if c >= width > 0), None)
@@ -277,7 +277,7 @@ class TASSupernet(Supernet):
                     f"{width} is not among the candidate widths of group {name!r}: {self.candidates[name]}"
                 )
 
-    def _mixed(self, pairs: Mapping[str, Pair]) -> dict[nn.Module, _Replacement]:
+    def _mixed(self, pairs: Mapping[str, Pair]) -> dict[nn.Module, Replacement]:
         self._check_pairs(pairs)
         widths = {name: max(pair.widths) for name, pair in pairs.items()}
         kept = self._kept(widths)
@@ -293,7 +293,7 @@ class TASSupernet(Supernet):
             ]
             mixes = [mix for mix in mixes if not mix.idle]
             if mixes:
-                module = _submodule(self.model, point.layer)
+                module = submodule(self.model, point.layer)
                 narrow = forwards.get(module)
                 if isinstance(module, _BatchNorm):
                     forwards[module] = _MixedNorm(module, narrow, mixes, length)
@@ -304,9 +304,9 @@ class TASSupernet(Supernet):
     def _norms_of(self, layer: str, group: str, pair: Pair) -> list[nn.Module]:
         return [self.norms[key] for w in pair.widths if (key := _key(layer, group, w)) in self.norms]
 
-    def _deep(self, depths: Mapping[str, Tensor]) -> dict[nn.Module, _Replacement]:
+    def _deep(self, depths: Mapping[str, Tensor]) -> dict[nn.Module, Replacement]:
         by_name = {stage.name: stage for stage in self.stages}
-        forwards: dict[nn.Module, _Replacement] = {}
+        forwards: dict[nn.Module, Replacement] = {}
         for name, weights in depths.items():
             if name not in by_name:
                 raise WidthError(f"no stage {name!r} in this model{nearest(name, by_name)}")
@@ -316,7 +316,7 @@ class TASSupernet(Supernet):
                     f"stage {name!r} needs weights of its depths {stage.depths}, not of shape "
                     f"{tuple(weights.shape)}"
                 )
-            sequential = _submodule(self.model, stage.sequential)
+            sequential = submodule(self.model, stage.sequential)
             deep = forwards.setdefault(sequential, _Deep(sequential))
             assert isinstance(deep, _Deep)
             deep.add(stage, weights)
@@ -328,7 +328,7 @@ class TASSupernet(Supernet):
         sources: set[str] = set()
         norms: set[str] = set()
         for (layer, role), axis in self._axes.items():
-            is_norm = isinstance(_submodule(self.model, layer), _BatchNorm)
+            is_norm = isinstance(submodule(self.model, layer), _BatchNorm)
             if is_norm or role == "producer" or axis.member.kind == "depthwise":
                 axes[layer] = axis
                 (norms if is_norm else sources).add(layer)
@@ -364,13 +364,13 @@ def _readers(model: nn.Module, sources: set[str], norms: set[str], inputs: Input
     try:
         for layer in sources:
             handles.append(
-                _submodule(model, layer).register_forward_hook(
+                submodule(model, layer).register_forward_hook(
                     lambda _, __, output, layer=layer: on_output(layer, output)
                 )
             )
         for layer in norms:
             handles.append(
-                _submodule(model, layer).register_forward_pre_hook(
+                submodule(model, layer).register_forward_pre_hook(
                     lambda _, args, layer=layer: on_input(layer, *args[:1])
                 )
             )
@@ -525,7 +525,7 @@ class _Mix(NamedTuple):
         return interpolate_channels(part.unflatten(1, (self.copies, length)), widest, dim=2).flatten(1, 2)
 
 
-class _Mixed(_Replacement):
+class _Mixed(Replacement):
     """A layer whose output is mixed of two candidate widths of each group on its axis.
 
     Args:
@@ -534,7 +534,7 @@ class _Mixed(_Replacement):
         mixes: The groups to mix, at least one.
     """
 
-    def __init__(self, module: nn.Module, narrow: _Replacement | None, mixes: Sequence[_Mix]) -> None:
+    def __init__(self, module: nn.Module, narrow: Replacement | None, mixes: Sequence[_Mix]) -> None:
         self.module: Any = module
         self.narrow = narrow
         self.mixes = mixes
@@ -571,7 +571,7 @@ class _MixedNorm(_Mixed):
     """
 
     def __init__(
-        self, module: nn.Module, narrow: _Replacement | None, mixes: Sequence[_Mix], length: int
+        self, module: nn.Module, narrow: Replacement | None, mixes: Sequence[_Mix], length: int
     ) -> None:
         super().__init__(module, narrow, mixes)
         mixed = sum(mix.copies * max(mix.lengths) for mix in mixes)
@@ -584,7 +584,7 @@ class _MixedNorm(_Mixed):
         return self.mixed(input, input if self.complete else self.usual(input))
 
 
-class _Deep(_Replacement):
+class _Deep(Replacement):
     """A Sequential with stages that add up their outputs at several depths."""
 
     def __init__(self, module: nn.Module) -> None:

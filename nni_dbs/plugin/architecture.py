@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from nni.compression.utils.evaluator import Evaluator
 from torch import nn
+from torch.utils.data import Dataset
 
 from nni_dbs.algorithms.dmcp import DMCPSearch
 from nni_dbs.algorithms.dsa import DSASearch
 from nni_dbs.algorithms.tas import TASSearch
 from nni_dbs.algorithms.tas_supernet import TASSupernet
-from nni_dbs.bilevel import ArchitectureSearch
+from nni_dbs.bilevel import ArchitectureSearch, check_architecture
 from nni_dbs.errors import ConfigError
 from nni_dbs.plugin.evaluator import train_architecture
 from nni_dbs.plugin.searching import EvaluatingPruner
@@ -23,6 +25,7 @@ from nni_dbs.space import Widths
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import ChannelGroup, find_residual_blocks
 from torch_pruning_adapters.graph import Inputs
+from torch_pruning_adapters.group import lies_in
 
 _LOGGED = 200  # steps on the architecture
 
@@ -37,8 +40,8 @@ class ArchitecturePruner(EvaluatingPruner):
         second: Batches for the steps on the architecture, as the training step takes them; iterated again
             and again. Default, for the methods that want data of their own: the second half of each batch in
             which the architecture is trained. `nni_dbs.data.split_in_two` splits a data set for good.
-        steps_per_epoch: Training steps of an epoch; needed where `compress` is given `max_epochs` alone, as
-            schedules run over the whole training.
+        steps_per_epoch: Steps of the optimizer in an epoch; needed where `compress` is given `max_epochs`
+            alone, as schedules run over the whole training.
         candidates: Networks to decide between: 1 takes the method's own choice, more are evaluated first.
         lr: Learning rate of the architecture; see the method's search for the default.
         calibration_steps: See `EvaluatingPruner`; for `candidates`.
@@ -65,8 +68,12 @@ class ArchitecturePruner(EvaluatingPruner):
             raise ConfigError(f"candidates must be at least 1, not {candidates}")
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise ConfigError(f"steps_per_epoch must be at least 1, not {steps_per_epoch}")
-        if lr is not None and not lr > 0:
-            raise ConfigError(f"lr must be positive, not {lr}")
+        check_architecture(lr=lr)
+        if second is not None and (isinstance(second, Dataset) or not hasattr(second, "__iter__")):
+            raise ConfigError(
+                f"second must give batches, as a DataLoader does, not {type(second).__name__}: wrap a data "
+                "set in a DataLoader"
+            )
         super().__init__(
             model, config_list, evaluator, existed_wrappers, calibration_steps=calibration_steps, **kwargs
         )
@@ -86,7 +93,10 @@ class ArchitecturePruner(EvaluatingPruner):
         with self._stage("supernet"):
             self.evaluator.bind_model(model)
             try:
-                with train_architecture(self.evaluator, search, steps, self.second) as step:
+                with (
+                    train_architecture(self.evaluator, search, steps, self.second) as step,
+                    _cleared_with(model, search.parameters.values()),
+                ):
                     self.evaluator.train(*self._duration)
             finally:
                 self.evaluator.unbind_model()
@@ -103,6 +113,11 @@ class ArchitecturePruner(EvaluatingPruner):
         widths = networks[0] if len(networks) == 1 else self._best(model, networks)
         self.order = search.settle(widths)
         return widths
+
+    def _measured_inside(self, widths: Widths) -> Widths:
+        found = super()._measured_inside(widths)
+        self.order = self.search.settle(found)
+        return found
 
     def _compress(self) -> None:
         super()._compress()
@@ -140,6 +155,23 @@ class ArchitecturePruner(EvaluatingPruner):
         return max(scores, key=scores.__getitem__)
 
 
+@contextmanager
+def _cleared_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block `model.zero_grad()`, by which a Trainer ends its steps, clears these gradients too."""
+    added, zero_grad = list(parameters), model.zero_grad
+
+    def zero_all(set_to_none: bool = True) -> None:
+        zero_grad(set_to_none)
+        for parameter in added:
+            parameter.grad = None
+
+    model.zero_grad = zero_all  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.zero_grad
+
+
 class DMCPPruner(ArchitecturePruner):
     """DMCP: each group keeps its channels bin by bin, with learned probabilities (a Markov chain).
 
@@ -165,8 +197,7 @@ class DMCPPruner(ArchitecturePruner):
         limit: int = 10,
         **kwargs: Any,
     ) -> None:
-        if limit < 2:
-            raise ConfigError(f"limit must be at least 2 widths, not {limit}")
+        check_architecture(limit=limit)
         super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
         self.limit = limit
 
@@ -213,8 +244,7 @@ class TASPruner(ArchitecturePruner):
         depth: bool = True,
         **kwargs: Any,
     ) -> None:
-        if limit < 2:
-            raise ConfigError(f"limit must be at least 2 widths, not {limit}")
+        check_architecture(limit=limit)
         self.depth = depth
         super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
         self.limit = limit
@@ -226,9 +256,13 @@ class TASPruner(ArchitecturePruner):
         if not self.depth:
             return groups
         groups = find_residual_blocks(model, groups, inputs)
-        bounded = {layer for layer, ratios in selected.items() if ratios.get("max_sparse_ratio", 1) < 1}
-        kept = {g.block for g in groups for p in g.producers if p.layer in bounded}
+        free = {layer for layer, ratios in selected.items() if ratios.get("max_sparse_ratio", 1) == 1}
+        held = {p.layer for g in groups for p in g.producers} - free
+        kept = {g.block for g in groups if g.block and any(lies_in(layer, [g.block]) for layer in held)}
         return tuple(dataclasses.replace(g, block=None) if g.block in kept else g for g in groups)
+
+    def _smallest(self) -> Widths:
+        return self.space.without({g.block for g in self.space.groups if g.block is not None}).smallest()
 
     def _search(self, model: nn.Module, steps: int) -> TASSearch:
         candidates = {name: self.space.options(name, self.limit) for name in self.space.names}
@@ -273,10 +307,9 @@ class DSAPruner(ArchitecturePruner):
         every: int = 2,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= warmup < 1:
-            raise ConfigError(f"warmup must lie in [0, 1), not {warmup}")
-        if every < 1:
-            raise ConfigError(f"every must be at least 1, not {every}")
+        DSASearch.check(warmup, every)
+        if kwargs.get("candidates", 1) > 1:
+            raise ConfigError(f"candidates: DSA decides on one network, not {kwargs['candidates']}")
         super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
         self.warmup = warmup
         self.every = every

@@ -256,8 +256,12 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume
     if pruner_class.second_share:
         data, second = split_in_two(data, pruner_class.second_share, config.seed)
         size = min(recipe.batch_size, len(second))  # type: ignore[arg-type]
-        more["second"] = loader(second, size, shuffle=True, seed=config.seed, drop_last=True)
+        more["second"] = loader(
+            second, size, shuffle=True, seed=config.seed, workers=config.workers, drop_last=True
+        )
     if issubclass(pruner_class, ArchitecturePruner):
+        if config.supernet.epochs == 0:
+            raise ConfigError(f"supernet.epochs: {config.method} learns its widths then; give it at least 1")
         more["steps_per_epoch"] = max(len(data) // recipe.batch_size, 1)  # type: ignore[arg-type]
     evaluator = run.evaluator(model, recipe, name, checkpoint=trains, dataset=data)
     try:

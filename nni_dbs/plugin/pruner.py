@@ -14,7 +14,7 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -60,6 +60,7 @@ SELECTING_KEYS = (
 )
 RATIO_KEYS = ("sparse_ratio", "min_sparse_ratio", "max_sparse_ratio")
 KEYS = (*SELECTING_KEYS, *RATIO_KEYS)
+Choices = Mapping[str, Iterable[int]] | Callable[[ChannelGroup], Iterable[int]]
 LATENCY_TRIES = 10
 _HELD = 0.95  # of a latency budget: measurements of 2 s each have a standard deviation of 2 to 3 %
 
@@ -83,6 +84,8 @@ class WidthPruner(Pruner):
             counts. Default: the evaluator's dummy input, else a 1x3x224x224 guess (with a warning, and
             only relative budgets make sense then).
         min_ratio, divisor: See `WidthSpace`.
+        choices: Widths that groups may take in their place: group name -> widths, or a function of a
+            `ChannelGroup`, such as `paper_choices` of `nni_dbs.algorithms.dmcp` and `tas`.
         importance: Which channels stay; see `torch_pruning_adapters.importance`.
         seed: Of everything random.
         quiet: No progress bars.
@@ -113,6 +116,7 @@ class WidthPruner(Pruner):
         example_inputs: Inputs | None = None,
         min_ratio: float = 0.1,
         divisor: int = 8,
+        choices: Choices | None = None,
         importance: Importance = l2_norm,
         seed: int = 0,
         quiet: bool = False,
@@ -132,7 +136,7 @@ class WidthPruner(Pruner):
             repair(evaluator)
         inputs = _one_sample(model, example_inputs, evaluator, parsed)
         groups = self._groups(model, inputs, selected)
-        self.space = _bounded(WidthSpace(groups, min_ratio, divisor), selected)
+        self.space = _bounded(_among(WidthSpace(groups, min_ratio, divisor), choices), selected)
         self.flops, self.params = FlopsCost(model, inputs, groups), ParamsCost(model, groups)
         self.latency: LatencyCost | None = None
         self.seconds: dict[str, float] = {}
@@ -144,11 +148,11 @@ class WidthPruner(Pruner):
                 )
         self._fitting_seconds = self.seconds
         self.bounds = self.budget.bound(self.costs)
-        self.bounds.check_reachable(self.space.smallest(), self.space.largest())
+        self.bounds.check_reachable(self._smallest(), self.space.largest())
         self._limits = {limit.kind: most for limit, _, most in self.bounds.limits}
         if self.latency is not None and self.most_latency < self.latency.full:
             self.bounds = self._with_latency(_HELD * self.most_latency)
-            if not self.bounds.fits(self.space.smallest()):
+            if not self.bounds.fits(self._smallest()):
                 raise BudgetError(
                     f"{self.budget}: the smallest network takes more than {_HELD:.0%} of it, which leaves no "
                     "room for errors of measurement; raise the budget or lower min_ratio"
@@ -240,6 +244,10 @@ class WidthPruner(Pruner):
         """The channel groups; those that `config_list` does not select are frozen."""
         return tuple(_frozen_unless_selected(g, selected) for g in find_channel_groups(model, inputs))
 
+    def _smallest(self) -> Widths:
+        """The smallest network that the method can choose."""
+        return self.space.smallest()
+
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
@@ -278,11 +286,11 @@ class WidthPruner(Pruner):
         with self._plain_model() as model:
             self.order = channel_order(model, self.space.groups, self.importance)
             widths = self._choose(model)
+            if self.latency is not None:
+                with self._stage("measure"):
+                    widths = self._measured_inside(widths)
+                self.counts["latency measurements"] = self.latency.measurements
             device = next(model.parameters()).device
-        if self.latency is not None:
-            with self._stage("measure"):
-                widths = self._measured_inside(widths)
-            self.counts["latency measurements"] = self.latency.measurements
         self._result = Result(
             method=self.method,
             seed=self.seed,
@@ -327,10 +335,11 @@ class WidthPruner(Pruner):
     def _smaller(self, widths: Widths) -> Widths:
         """A network of the same shape that keeps the latency, if it differs as much from its prediction."""
         assert self.latency is not None
-        predicted, least = self.latency(widths), self.latency(self.space.smallest())
+        space = self.space.without(removed_blocks(self.space.groups, widths))
+        predicted, least = self.latency(widths), self.latency(space.smallest())
         slower = self.latency.measure(widths) / predicted
         most = max(min(self.most_latency / slower, 0.99 * predicted), least)
-        return project(widths, self.space, self._with_latency(most))
+        return project(widths, space, self._with_latency(most))
 
     def _too_slow(self, networks: Sequence[Widths]) -> BudgetError:
         assert self.latency is not None
@@ -484,6 +493,17 @@ def _frozen_unless_selected(g: ChannelGroup, selected: Mapping[str, Any]) -> Cha
     if g.frozen is None and left_out:
         return dataclasses.replace(g, frozen=f"config_list does not select {left_out[0]!r}")
     return g
+
+
+def _among(space: WidthSpace, choices: Choices | None) -> WidthSpace:
+    if choices is None:
+        return space
+    if callable(choices):
+        choices = {g.name: choices(g) for g in space.groups if g.frozen is None}
+    try:
+        return space.among(choices)
+    except WidthError as error:
+        raise ConfigError(f"choices: {error}") from error
 
 
 def _bounded(space: WidthSpace, selected: Mapping[str, dict[str, float]]) -> WidthSpace:
