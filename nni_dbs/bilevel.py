@@ -146,7 +146,10 @@ class ArchitectureSearch(ABC):
 class BilevelStep(PatchedStep):
     """A training step that trains the weights as an `ArchitectureSearch` says, and the architecture.
 
-    The steps on the architecture run in train mode, but BatchNorm's running statistics do not see them.
+    The steps on the architecture run in train mode, but BatchNorm's running statistics do not see them. In a
+    distributed training the gradients of the architecture, and of what the search trains beside the model,
+    are averaged over the ranks; searches must be seeded alike on all of them. As TAS uses a part of the
+    model's BatchNorms at most, its `DistributedDataParallel` needs `find_unused_parameters=True`.
 
     Args:
         search: The method.
@@ -181,6 +184,8 @@ class BilevelStep(PatchedStep):
         self.batch_at = batch_at
         self.second = None if second is None else _again_and_again(second)
         self.drawn = 0
+        for parameter in search.parameters.values():
+            parameter.register_post_accumulate_grad_hook(_average)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -368,6 +373,11 @@ def mean_over_ranks(gradient: Tensor, device: torch.device | None = None) -> Ten
     shared = gradient.to(device or gradient.device, copy=True)
     dist.all_reduce(shared)
     return (shared / dist.get_world_size()).to(gradient.device)
+
+
+def _average(parameter: Tensor) -> None:
+    if parameter.grad is not None:
+        parameter.grad = mean_over_ranks(parameter.grad)
 
 
 def entries_below(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
+from nni_dbs import Budget, FlopsCost
+from nni_dbs.algorithms.dmcp import DMCPSearch
+from nni_dbs.algorithms.dsa import DSASearch
+from nni_dbs.algorithms.tas import TASSearch
+from nni_dbs.algorithms.tas_supernet import TASSupernet
+from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
 from nni_dbs.errors import TrainingError
 from nni_dbs.sampling import Step, draw_paths, in_parallel, sandwich, single, spfs
 from nni_dbs.space import WidthSpace
@@ -147,6 +153,34 @@ def train_distributed(rule: str, setting: str) -> dict[str, Any]:
     }
 
 
+SEARCHES = ("dmcp", "tas", "dsa")
+
+
+def train_architecture(method: str) -> dict[str, Tensor]:
+    """One rank's training of weights and architecture: all that both have in the end."""
+    model, x = build(), torch.zeros(2, 3, 6, 6, dtype=torch.float64)
+    bounds = Budget.parse(0.5).bound({"flops": FlopsCost(model, x, groups())})
+    search: ArchitectureSearch
+    if method == "tas":
+        candidates = {name: space().options(name, 8) for name in space().names}
+        search = TASSearch(TASSupernet(model, groups(), candidates, x), space(), bounds, steps=STEPS)
+    else:
+        kind = DMCPSearch if method == "dmcp" else DSASearch
+        search = kind(Supernet(model, groups()), space(), bounds, steps=STEPS)
+    step = BilevelStep(search, training_step, STEPS)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    added = dict(step.parameters)
+    optimizer = torch.optim.SGD([*model.parameters(), *added.values()], lr=0.1, momentum=0.9)
+    for number in range(STEPS):
+        optimizer.zero_grad()
+        step(half(number, dist.get_rank()), ddp).backward()
+        optimizer.step()
+    return {
+        name: p.detach().clone()
+        for name, p in (*model.named_parameters(), *added.items(), *search.architecture.named_parameters())
+    }
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
@@ -156,6 +190,8 @@ def work(rank: int, folder: str) -> None:
             found[rule, setting] = train_distributed(rule, setting)
         except RuntimeError as error:
             found[rule, setting] = str(error)
+    for method in SEARCHES:
+        found["architecture", method] = train_architecture(method)
     ddp = DistributedDataParallel(build(), static_graph=True)
     try:
         SupernetStep(Supernet(ddp.module, groups()), drawn(), training_step)(half(0, rank), ddp)
@@ -231,6 +267,18 @@ def test_all_passes_of_a_step_cost_the_reductions_of_one(
         assert len(reductions) == STEPS and min(reductions) > 0
         if setting != "small_buckets":
             assert reductions == found["ordinary", "default"]["reductions"]
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_ranks_learn_the_same_architecture_and_weights(
+    ranks: list[dict[tuple[str, str], Any]], method: str
+) -> None:
+    """From different data; TAS's copies of BatchNorm too, which DistributedDataParallel does not know."""
+    first, second = (found["architecture", method] for found in ranks)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    assert any(name.startswith(("alpha", "theta", "widths.alpha")) for name in first)
+    assert any(" " in name for name in first) == (method == "tas")
 
 
 def test_a_static_graph_is_refused(ranks: list[dict[tuple[str, str], Any]]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from nni_dbs.bilevel import ArchitectureSearch, BilevelStep, mean_over_ranks
+from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
 from nni_dbs.errors import EvaluatorError
 from nni_dbs.evaluate import cumulative_batchnorm, saw_batches
 from nni_dbs.sampling import Step
@@ -145,9 +145,7 @@ def train_architecture(
     """Within the block the evaluator's training steps train the weights and the architecture of `search`.
 
     As `train_supernet`. What the method trains beside the model joins the first parameter group of the
-    evaluator's optimizer that has a BatchNorm's parameters. In a distributed training its gradients are
-    averaged over the ranks here; as no step uses all of it, `DistributedDataParallel` needs
-    `find_unused_parameters=True` then.
+    evaluator's optimizer that has a BatchNorm's parameters.
 
     Args:
         evaluator: Bound to the search's model, or to a module that contains it.
@@ -166,13 +164,8 @@ def train_architecture(
         evaluator.patch_optim_param_group({next(norms, ""): list(search.parameters.values())})
     calls = steps * _accumulated(evaluator)
     step = BilevelStep(search, getattr(owner, name), calls, batch_at, second, distill)
-    hooks = [p.register_post_accumulate_grad_hook(_average) for p in search.parameters.values()]
-    try:
-        with _patched(owner, name, step):
-            yield step
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with _patched(owner, name, step):
+        yield step
 
 
 def _accumulated(evaluator: Evaluator) -> int:
@@ -182,11 +175,6 @@ def _accumulated(evaluator: Evaluator) -> int:
     if isinstance(evaluator, TransformersEvaluator):
         return int(evaluator.trainer.args.gradient_accumulation_steps)
     return 1
-
-
-def _average(parameter: Tensor) -> None:
-    if parameter.grad is not None:
-        parameter.grad = mean_over_ranks(parameter.grad)
 
 
 def _training_step_of(evaluator: Evaluator, supernet: Supernet, distill: Distill) -> tuple[Any, str, Distill]:
