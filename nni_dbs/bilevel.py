@@ -193,16 +193,19 @@ class BilevelStep(PatchedStep):
 
     def _take(self, args: Any, kwargs: Any) -> Any:
         progress = min(self.taken / self.steps, 1.0)
+        self.search.scale = self._scale.value
         if self.search.due(self.taken, progress):
             args, kwargs = self._train_architecture(args, kwargs, progress)
         self.taken += 1
-        self.search.scale = self._scale.value
         weights_pass = self.search.weights_pass(progress)
 
         def make_loss(compute_loss: ComputeLoss) -> Tensor:
             if isinstance(weights_pass, Step):
                 return step_loss(self.supernet, weights_pass, compute_loss, self.distill, self._scale)
-            return pass_loss(self.supernet, weights_pass, compute_loss, self._scale)
+            loss = pass_loss(self.supernet, weights_pass, compute_loss, self._scale)
+            if loss.requires_grad:
+                loss.register_hook(self._scale.observe)
+            return loss
 
         return self._with_loss_of(make_loss, args, kwargs)
 

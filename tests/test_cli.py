@@ -174,7 +174,9 @@ def _assert_same_run(out: Path, other: Path) -> None:
     weights, expected = load_file(out / "weights.safetensors"), load_file(other / "weights.safetensors")
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    assert (out / "search.jsonl").read_bytes() == (other / "search.jsonl").read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in other.iterdir()}
+    if (other / "search.jsonl").exists():
+        assert (out / "search.jsonl").read_bytes() == (other / "search.jsonl").read_bytes()
 
 
 def _before_the_final_training(searched: Path, out: Path) -> Path:
@@ -379,10 +381,94 @@ def test_groups_and_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert found["params"]["full"] - found["params"]["cost"] == 2 * 256 * 512 * 9 + 2 * 256
 
 
+# --- methods that learn their widths while they train ---------------------------------------------------
+
+
+EPOCHS = {"dmcp": 2, "tas": 3, "dsa": 2}
+
+
+def _architecture_config(method: str) -> dict[str, Any]:
+    return {
+        **CONFIG,
+        "model": "examples.cifar_resnet:CifarResNet",
+        "arguments": {"depth": 14 if method == "tas" else 8, "widths": [4, 6, 8]},
+        "method": method,
+        "options": {"candidates": 3} if method == "dmcp" else {},
+        "train": {"epochs": 1, "lr": 0.05},
+        "supernet": {"epochs": EPOCHS[method], "lr": 0.02},
+        "finetune": {"epochs": 1, "lr": 0.01},
+        "teacher": {"weight": 0.9},
+    }
+
+
+@pytest.fixture(scope="module", params=["dmcp", "tas", "dsa"])
+def learnt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of one of them, beside its configuration."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "config.yaml").write_text(yaml.safe_dump(_architecture_config(request.param)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert main(["prune", str(folder / "config.yaml"), "--out", str(folder / "out"), "--quiet"]) == 0
+    return folder / "out"
+
+
+def test_learnt_widths_from_the_shell(learnt: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = _result(learnt)
+    method = result["method"]
+    of_an_epoch = {"dmcp": 16, "tas": 8, "dsa": 15}  # all of 1078 images, a half, nine tenths
+    steps = EPOCHS[method] * of_an_epoch[method]
+    assert result["counts"]["supernet steps"] == steps
+    assert result["counts"]["architecture steps"] == len(result["architecture"])
+    assert {"dmcp": 16, "tas": 24, "dsa": 13}[method] == len(result["architecture"])
+    assert 0.8 * result["full_flops"] / 2 <= result["flops"] <= result["full_flops"] / 2
+    assert set(result["metrics"]) == {"full", "pruned", "fine-tuned", "reloaded"}
+    assert result["metrics"]["reloaded"] == result["metrics"]["fine-tuned"]
+    report = (learnt / "report.md").read_text()
+    for name in ("widths", "flops"):
+        assert (learnt / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{name}]({name}.png)" in report
+    assert main(["evaluate", str(learnt), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["test_accuracy"]
+    assert found == result["metrics"]["reloaded"]
+    if method == "dmcp":
+        lines = [json.loads(line) for line in (learnt / "search.jsonl").read_text().splitlines()]
+        assert len(lines) == result["evaluations"] == 3
+        assert result["widths"] == max(lines, key=lambda line: line["score"])["widths"]
+
+
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("dmcp", "dsa")]
+
+
+@pytest.mark.parametrize("learnt", ["tas", *SLOW], indirect=True)
+def test_a_run_killed_while_it_learns_its_widths_resumes_to_the_same_run(
+    learnt: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "supernet", 20)  # in the second or third epoch
+        with pytest.raises(KeyboardInterrupt):
+            _prune(learnt, out)
+    assert (out / "checkpoint" / "supernet.safetensors").exists()
+    assert not (out / "checkpoint" / "finetune.safetensors").exists()
+    assert _prune(learnt, out) == 0
+    _assert_same_run(out, learnt)
+
+
+@pytest.mark.parametrize("learnt", ["tas", *SLOW], indirect=True)
+def test_the_teacher_matters(learnt: Path, tmp_path: Path) -> None:
+    out = _before_the_final_training(learnt, tmp_path / "out")
+    assert _prune(learnt, out, "teacher.weight=0") == 0
+    result, other = _result(out), _result(learnt)
+    assert result["widths"] == other["widths"]
+    assert result["metrics"]["pruned"] == other["metrics"]["pruned"]
+    weights, taught = (load_file(directory / "weights.safetensors") for directory in (out, learnt))
+    assert not torch.equal(weights["fc.weight"], taught["fc.weight"])
+
+
 def test_methods_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("dbs", "uniform", "random"))
+    assert all(name in text for name in ("dbs", "dmcp", "tas", "dsa", "uniform", "random"))
 
 
 def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -409,6 +495,7 @@ def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("method=unifrom", "did you mean 'uniform'?"),
         ("options.candidates=3", "options of method 'uniform': no option 'candidates'"),
         ("options.importanse=l2", "did you mean 'importance'?"),
+        ("teacher.weight=2", "teacher: weight must lie in [0, 1]"),
         ("config_list=[{op_types: [Conv3d]}]", "selects no layer"),
         ("device=gpu", "expected auto, cpu or cuda"),
         ("train.lr=1e9", "lower train.lr"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nni_dbs.config import Config, Recipe, load_config
+from nni_dbs.config import Config, Recipe, Teaching, load_config
 from nni_dbs.errors import ConfigError, UserError
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "digits" / "config.yaml"
@@ -32,6 +32,9 @@ def test_the_example_is_read_and_survives_its_own_yaml(tmp_path: Path) -> None:
         ("supernet.epochs=0", lambda c: c.supernet.epochs == 0),
         ("budget={latency_ms: 3}", lambda c: c.budget == {"latency_ms": 3}),
         ("seed=7", lambda c: c.seed == 7),
+        ("teacher.weight=0.9", lambda c: c.teacher == Teaching(weight=0.9, temperature=4.0)),
+        ("teacher={weight: 1, temperature: 2}", lambda c: c.teacher == Teaching(1.0, 2.0)),
+        ("teacher.temperature=0.5", lambda c: c.teacher.weight == 0.0),
     ],
 )
 def test_overrides(override: str, read: object) -> None:
@@ -55,12 +58,25 @@ def test_overrides(override: str, read: object) -> None:
         ("supernet.lr=0", "supernet: epochs, batch_size and lr must be positive"),
         ("supernet.epoch=1", "unknown key 'supernet.epoch' (did you mean 'epochs'?)"),
         ("budget={latency: 3}", "bounds flops or params"),
+        ("teacher=0.9", "teacher: expected a mapping"),
+        ("teacher.wieght=0.9", "unknown key 'teacher.wieght' (did you mean 'weight'?)"),
+        ("teacher.weight=1.1", "teacher: weight must lie in [0, 1], and temperature be positive"),
+        ("teacher.weight=-0.1", "teacher: weight must lie in [0, 1]"),
+        ("teacher.weight=.nan", "teacher: weight must lie in [0, 1]"),
+        ("teacher.temperature=0", "temperature be positive"),
+        ("teacher.temperature=.inf", "temperature be positive"),
     ],
 )
 def test_mistakes(override: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(EXAMPLE, [override])
     assert message in str(caught.value)
+
+
+def test_a_distilled_network_takes_no_second_teacher() -> None:
+    with pytest.raises(ConfigError, match=r"final: distill has the full network as its teacher already"):
+        load_config(EXAMPLE, ["final=distill", "teacher.weight=0.5"])
+    assert load_config(EXAMPLE, ["final=distill", "teacher.weight=0"]).final == "distill"
 
 
 @pytest.mark.parametrize("missing", ["model", "data", "budget"])

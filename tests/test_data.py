@@ -16,7 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from nni_dbs import data
-from nni_dbs.data import DATASETS, DataError, Splits, digits, digits_clutter, imagefolder, loader
+from nni_dbs.data import (
+    DATASETS,
+    DataError,
+    Splits,
+    digits,
+    digits_clutter,
+    imagefolder,
+    loader,
+    split_in_two,
+)
 
 SMALL = {"train_size": 200, "validation_size": 40, "test_size": 50}
 
@@ -216,6 +225,73 @@ def test_cifar_missing_folder(name: str, tmp_path: Path) -> None:
 def test_cifar_refuses_fraction(tiny_cifar: str, tmp_path: Path, fraction: float) -> None:
     with pytest.raises(DataError, match="validation_fraction"):
         DATASETS[tiny_cifar](root=tmp_path, validation_fraction=fraction)
+
+
+# two parts
+
+
+class Plain(torch.utils.data.Dataset):
+    """Items alone, without a list of labels."""
+
+    def __init__(self, labels: list[int]) -> None:
+        self.pairs = [(torch.full((1,), float(i)), label) for i, label in enumerate(labels)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.pairs[index]
+
+
+LABELS = [0] * 20 + [1] * 40 + [2] * 10
+
+
+def with_list(name: str, labels: object) -> Plain:
+    dataset = Plain([9] * len(LABELS))  # what the items say is not asked
+    setattr(dataset, name, labels)
+    return dataset
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        Plain(LABELS),
+        with_list("targets", LABELS),
+        with_list("labels", torch.tensor(LABELS)),
+        with_list("targets", np.array(LABELS)),
+        torch.utils.data.Subset(Plain([7, 7, *LABELS]), range(2, 72)),
+        data.Transformed(with_list("targets", [7, *LABELS]), range(1, 71), lambda image: image),
+    ],
+)
+def test_two_parts_divide_every_class_alike(dataset: torch.utils.data.Dataset, share: float) -> None:
+    left, second = split_in_two(dataset, share)
+    assert isinstance(left, torch.utils.data.Subset) and isinstance(second, torch.utils.data.Subset)
+    assert sorted([*left.indices, *second.indices]) == list(range(70))
+    counts = Counter(LABELS[i] for i in second.indices)
+    assert counts == {0: 20 * share, 1: 40 * share, 2: 10 * share}
+    assert second[0] is not None and len(left) == 70 * (1 - share)
+
+
+def test_two_parts_depend_on_the_seed_alone() -> None:
+    def second(seed: int) -> list[int]:
+        return list(split_in_two(Plain(LABELS), 0.5, seed)[1].indices)  # type: ignore[attr-defined]
+
+    torch.manual_seed(1)
+    first = second(3)
+    torch.manual_seed(2)
+    assert second(3) == first != second(4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, float("nan")])
+def test_shares_that_leave_nothing_are_refused(share: float) -> None:
+    with pytest.raises(DataError, match="must lie between 0 and 1"):
+        split_in_two(Plain(LABELS), share)
+
+
+def test_too_few_samples_for_two_parts() -> None:
+    with pytest.raises(DataError, match="2 samples cannot be split at 10%; give more data"):
+        split_in_two(Plain([0, 1]), 0.1)
 
 
 # imagefolder

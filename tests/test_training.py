@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -18,7 +19,7 @@ from nni_dbs.config import Recipe
 from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.sampling import Step, draw_paths, spfs
 from nni_dbs.space import WidthSpace
-from nni_dbs.steps import SupernetStep
+from nni_dbs.steps import SupernetStep, kl_divergence
 from nni_dbs.supernet import Supernet
 from nni_dbs.training import (
     accuracy,
@@ -28,6 +29,7 @@ from nni_dbs.training import (
     reinitialise,
     save_checkpoint,
     sgd,
+    taught_step,
     training_loop,
     training_step,
 )
@@ -165,6 +167,91 @@ def test_the_distilling_loss_smooths_labels_only_for_the_full_network() -> None:
     cross_entropy = nn.functional.cross_entropy
     change = cross_entropy(full, batch[1], label_smoothing=0.1) - cross_entropy(full, batch[1])
     torch.testing.assert_close(smooth - plain, change)
+
+
+# --- a teacher ---------------------------------------------------------------------------------------
+
+
+def _headed(heads: int) -> nn.Module:
+    """A classifier of 3 features with auxiliary heads, in double precision."""
+
+    class Headed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(3, 4) for _ in range(heads))
+
+        def forward(self, x: Tensor) -> Any:
+            logits = [head(x) for head in self.heads]
+            return logits[0] if heads == 1 else tuple(logits)
+
+    return Headed().double()
+
+
+def _features() -> tuple[Tensor, Tensor]:
+    return torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_a_student_that_equals_its_teacher_has_no_gradient_where_the_teacher_is_all() -> None:
+    model, batch = _headed(1), _features()
+    loss = taught_step(copy.deepcopy(model), weight=1.0)(batch, model)
+    assert abs(loss.item()) < 1e-15
+    assert all(gradient.abs().max() < 1e-15 for gradient in _gradients(loss, model))
+    loss = taught_step(_headed(1), weight=1.0)(batch, model)
+    assert all(gradient.abs().max() > 1e-3 for gradient in _gradients(loss, model))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_without_weight_the_teacher_says_nothing(heads: int) -> None:
+    model, batch = _headed(heads), _features()
+    taught = taught_step(_headed(heads), weight=0.0, label_smoothing=0.1)(batch, model)
+    plain = training_step(0.1)(batch, model)
+    torch.testing.assert_close(taught, plain, rtol=1e-14, atol=1e-15)
+    for mine, theirs in zip(_gradients(taught, model), _gradients(plain, model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_taught_loss_by_its_parts(heads: int) -> None:
+    """(1 - w) CE + w T^2 KL for the main head, 0.3 CE for the auxiliary one."""
+    model, teacher, (x, labels) = _headed(heads), _headed(1), _features()
+    loss = taught_step(teacher, weight=0.7, temperature=3.0, label_smoothing=0.2)((x, labels), model)
+    cross_entropy = nn.functional.cross_entropy
+    own, taught = model.heads[0](x), teacher(x)
+    soft = 9 * kl_divergence(own / 3, taught / 3)
+    expected = 0.3 * cross_entropy(own, labels, label_smoothing=0.2) + 0.7 * soft
+    if heads == 2:
+        expected = expected + 0.3 * cross_entropy(model.heads[1](x), labels, label_smoothing=0.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    for mine, theirs in zip(_gradients(loss, model), _gradients(expected, model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_a_teacher_stays_as_it_is() -> None:
+    student, teacher = _net().train(), _net().train()
+    before = copy.deepcopy(teacher.state_dict())
+    step = taught_step(teacher)
+    images, labels = _data(10).tensors
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    step((images, labels), student).backward()
+    optimizer.step()
+    assert not teacher.training and student.training
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+    assert not student._forward_hooks
+    assert not torch.equal(student[0].weight, teacher[0].weight)
+
+
+def test_a_teacher_without_logits_is_refused() -> None:
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean()
+
+    with pytest.raises(TrainingError, match="logits"):
+        taught_step(Other())(_features(), _headed(1))
 
 
 def test_all_weights_are_drawn_anew_by_the_seed() -> None:

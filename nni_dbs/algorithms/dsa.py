@@ -49,7 +49,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, check_architecture, scaled_rate
+from nni_dbs.bilevel import (
+    ArchitectureSearch,
+    ComputeLoss,
+    check_architecture,
+    mean_over_ranks,
+    scaled_rate,
+)
 from nni_dbs.cost import Bounds, Cost
 from nni_dbs.errors import ConfigError
 from nni_dbs.projection import project
@@ -609,6 +615,7 @@ class DSASearch(ArchitectureSearch):
             task = compute_loss()
             (gradient,) = self._gradients(task, [a])
         assert gradient is not None
+        gradient = mean_over_ranks(gradient, task.device)
         self._slopes += gradient.abs()
         penalty = 0.0 if self.splitting is None else self.splitting.penalty(a)
         self._descend((gradient * a).sum() + penalty, task)
@@ -622,6 +629,8 @@ class DSASearch(ArchitectureSearch):
         """Updates the splitting; `slopes` (K,) are the mean sizes of dL/da since the last time.
 
         While the ratios are full the loss hardly feels them, so the pull grows with their slopes later on.
+        Once the budget holds by itself (u is zero) the pull is balanced anew, and may fall: a stiff one
+        would hold the ratios where they are.
         """
         a = self.ratios().detach()
         if self.splitting is None:
@@ -630,7 +639,8 @@ class DSASearch(ArchitectureSearch):
         else:
             apart = self.splitting.update(a, self._projection)
             wanted = balancing(slopes / self._projection.metric) / self.splitting.rho
-            self.splitting.stiffen(max(wanted, 1.5 if apart >= self._apart else 1.0))
+            stiffer = max(wanted, 1.5 if apart >= self._apart else 1.0)
+            self.splitting.stiffen(stiffer if bool(self.splitting.u.any()) else wanted)
             self._apart = apart
         self._slopes = torch.zeros_like(slopes)
 

@@ -217,7 +217,7 @@ class TASPruner(ArchitecturePruner):
     """TAS: each group chooses among some widths, each stage of residual blocks among depths.
 
     Use it for residual networks, where it may leave whole blocks out, and with the full network as a teacher
-    of the final training. A step costs about two passes of the full network.
+    of the final training.
 
     NNI's masks cannot say that a block is left out: where TAS does, `compress` warns, and only what `export`
     gives is the network.
@@ -281,9 +281,8 @@ class TASPruner(ArchitecturePruner):
 class DSAPruner(ArchitecturePruner):
     """DSA: each group has a keep ratio; the budget holds by splitting, as in ADMM.
 
-    The cheapest of the three, about one and a half passes of the full network a step, and the one that keeps
-    arbitrary channels, those with the largest BatchNorm scales at the end. From scratch, or from a pretrained
-    model with `warmup=0`.
+    Its steps are the cheapest of the three, and it keeps arbitrary channels: those with the largest BatchNorm
+    scales at the end. From scratch, or from a pretrained model with `warmup=0`.
 
     Sources and reconstructions: `nni_dbs.algorithms.dsa`.
 
