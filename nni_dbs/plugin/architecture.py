@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,10 +92,7 @@ class ArchitecturePruner(EvaluatingPruner):
         with self._stage("supernet"):
             self.evaluator.bind_model(model)
             try:
-                with (
-                    train_architecture(self.evaluator, search, steps, self.second) as step,
-                    _cleared_with(model, search.parameters.values()),
-                ):
+                with train_architecture(self.evaluator, search, steps, self.second) as step:
                     self.evaluator.train(*self._duration)
             finally:
                 self.evaluator.unbind_model()
@@ -153,23 +149,6 @@ class ArchitecturePruner(EvaluatingPruner):
             scores[widths] = known[widths]
         self.counts["evaluations"] = len(scores)
         return max(scores, key=scores.__getitem__)
-
-
-@contextmanager
-def _cleared_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within the block `model.zero_grad()`, by which a Trainer ends its steps, clears these gradients too."""
-    added, zero_grad = list(parameters), model.zero_grad
-
-    def zero_all(set_to_none: bool = True) -> None:
-        zero_grad(set_to_none)
-        for parameter in added:
-            parameter.grad = None
-
-    model.zero_grad = zero_all  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.zero_grad
 
 
 class DMCPPruner(ArchitecturePruner):

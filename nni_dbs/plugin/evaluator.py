@@ -164,8 +164,25 @@ def train_architecture(
         evaluator.patch_optim_param_group({next(norms, ""): list(search.parameters.values())})
     calls = steps * _accumulated(evaluator)
     step = BilevelStep(search, getattr(owner, name), calls, batch_at, second, distill)
-    with _patched(owner, name, step):
+    with _patched(owner, name, step), _cleared_with(search.supernet.model, search.parameters.values()):
         yield step
+
+
+@contextmanager
+def _cleared_with(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within the block `model.zero_grad()`, by which a Trainer ends its steps, clears these gradients too."""
+    added, zero_grad = list(parameters), model.zero_grad
+
+    def zero_all(set_to_none: bool = True) -> None:
+        zero_grad(set_to_none)
+        for parameter in added:
+            parameter.grad = None
+
+    model.zero_grad = zero_all  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.zero_grad
 
 
 def _accumulated(evaluator: Evaluator) -> int:
