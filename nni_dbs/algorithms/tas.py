@@ -51,7 +51,14 @@ import torch
 from torch import Tensor, nn
 
 from nni_dbs.algorithms.tas_supernet import Pair, Stage, TASSupernet, single
-from nni_dbs.bilevel import ArchitectureSearch, ComputeLoss, check_architecture, cosine, scaled_rate
+from nni_dbs.bilevel import (
+    ArchitectureSearch,
+    ComputeLoss,
+    check_architecture,
+    cosine,
+    entries_below,
+    scaled_rate,
+)
 from nni_dbs.cost import Bounds, expected_cost
 from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.projection import FULL, project_batch
@@ -507,9 +514,7 @@ class TASSearch(ArchitectureSearch):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.supernet.norms.load_state_dict(
-            {name.removeprefix("norms."): t for name, t in state.items() if name.startswith("norms.")}
-        )
+        self.supernet.norms.load_state_dict(entries_below("norms.", state))
 
     def _follow(self) -> None:
         """Moves the copies of BatchNorm to where the model is: Lightning moves it as it starts and ends."""
