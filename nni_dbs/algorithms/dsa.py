@@ -450,18 +450,31 @@ class _Quadratic(NamedTuple):
         return float(self.constant + self.slope @ x + x @ self.curvature @ x / 2)
 
     def minimiser(self, v: Tensor, mu: float, lo: Tensor, hi: Tensor, metric: Tensor) -> Tensor:
-        """Minimises |z - v|^2 / 2 + mu times this over lo <= z <= hi, one coordinate after another."""
-        z = v.clamp(lo, hi).numpy().copy()
+        """Minimises |z - v|^2 / 2 + mu times this over lo <= z <= hi, one coordinate after another.
+
+        Where that is not convex it depends on the order which of several minima is found. So the coordinates
+        are taken from both ends, and the lower minimum counts.
+        """
         own = self.curvature.diagonal()
         limits = list(zip(v.tolist(), lo.tolist(), hi.tolist(), metric.tolist(), strict=True))
-        for _ in range(_SWEEPS):
-            before = z.copy()
-            for i, (wish, least, most, spring) in enumerate(limits):
-                others = self.slope[i] + self.curvature[i] @ z - own[i] * z[i]
-                z[i] = min(max((spring * wish - mu * others) / (spring + mu * own[i]), least), most)
-            if np.abs(z - before).max() < _SETTLED:
-                break
-        return torch.from_numpy(z)
+
+        def descend(order: range) -> np.ndarray:
+            z = v.clamp(lo, hi).numpy().copy()
+            for _ in range(_SWEEPS):
+                before = z.copy()
+                for i in order:
+                    wish, least, most, spring = limits[i]
+                    others = self.slope[i] + self.curvature[i] @ z - own[i] * z[i]
+                    z[i] = min(max((spring * wish - mu * others) / (spring + mu * own[i]), least), most)
+                if np.abs(z - before).max() < _SETTLED:
+                    break
+            return z
+
+        def height(z: np.ndarray) -> float:
+            return float(metric.numpy() @ (z - v.numpy()) ** 2 / 2 + mu * self(torch.from_numpy(z)))
+
+        count = len(limits)
+        return torch.from_numpy(min(map(descend, (range(count), range(count)[::-1])), key=height))
 
 
 def _meet(share: Share, path: Callable[[float], Tensor], outside: Tensor, inside: Tensor) -> Tensor:

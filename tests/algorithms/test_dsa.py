@@ -415,9 +415,9 @@ def product(share: float) -> BudgetProjection:
 @given(
     share=st.floats(0.011, 0.99), v=st.tuples(st.floats(0.3, 1.4), st.floats(0.3, 1.4)).map(lambda v: row(*v))
 )
-@settings(max_examples=60, deadline=None)
-def test_the_projection_of_two_groups_is_near_the_best(share: float, v: Tensor) -> None:
-    """Against a fine grid on the budget's curve; at jumps the result may be a little further."""
+@settings(max_examples=200, deadline=None)
+def test_the_projection_of_two_groups_is_the_nearest_point(share: float, v: Tensor) -> None:
+    """Against a fine grid on the budget's curve, at budgets where two places are the nearest around them too."""
     projection = product(share)
     z = projection(v[0])
     if float(v.clamp(0.1, 1).prod()) <= share:
@@ -429,7 +429,7 @@ def test_the_projection_of_two_groups_is_near_the_best(share: float, v: Tensor) 
     curve = torch.cat([curve, curve.flip(1)])
     curve = curve[((curve >= 0.1) & (curve <= 1)).all(1)]
     best = (curve - v).norm(dim=1).min()
-    assert float((z - v[0]).norm()) <= 1.05 * float(best) + 1e-3
+    assert float((z - v[0]).norm()) <= float(best) + 1e-6
 
 
 def test_several_limits_all_hold() -> None:
