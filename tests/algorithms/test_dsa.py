@@ -417,7 +417,7 @@ def product(share: float) -> BudgetProjection:
 )
 @settings(max_examples=200, deadline=None)
 def test_the_projection_of_two_groups_is_the_nearest_point(share: float, v: Tensor) -> None:
-    """Against a fine grid on the budget's curve, at budgets where two places are the nearest around them too."""
+    """Against a fine grid on the budget's curve; at low budgets it is near the ratios in two places."""
     projection = product(share)
     z = projection(v[0])
     if float(v.clamp(0.1, 1).prod()) <= share:
