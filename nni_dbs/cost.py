@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -101,6 +101,11 @@ class _Term:
     factors: tuple[_Linear, ...]
     block: str | None = None
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> _Term:
+        factors = (_Linear(f["constant"], tuple((g, s) for g, s in f["slopes"])) for f in data["factors"])
+        return cls(data["layer"], data["coefficient"], tuple(factors), data["block"])
+
 
 class PolynomialCost:
     """A cost that is quadratic in the widths: exact, batched, differentiable, and fast.
@@ -127,6 +132,16 @@ class PolynomialCost:
         kept = [*around, len(self.groups)]
         self._left_forms = self._block_forms[:, kept][:, :, kept]  # (K, C + 1, C + 1)
         self.full = self({})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its terms, for JSON; the groups are not among them."""
+        return {"constant": self._constant, "terms": [asdict(term) for term in self._terms]}
+
+    @staticmethod
+    def from_dict(groups: Iterable[ChannelGroup], data: Mapping[str, Any]) -> PolynomialCost:
+        """The cost that `to_dict` described, on the groups that it had then; no model is needed."""
+        terms = [_Term.from_dict(term) for term in data["terms"]]
+        return PolynomialCost(groups, terms, data["constant"])
 
     def _quadratic_form(self, terms: Iterable[_Term], constant: int = 0) -> Tensor:
         """The symmetric matrix (G + 1, G + 1) of terms; its last row and column stand for the constant 1."""

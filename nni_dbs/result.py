@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from nni_dbs.cost import Bounds, Cost
 from nni_dbs.errors import ResultError
 from nni_dbs.files import write
 from nni_dbs.models import build_model
@@ -164,6 +165,35 @@ def load_result(directory: str | Path) -> Result:
     except (TypeError, ValueError) as error:
         raise ResultError(f"{path} is damaged ({error})") from error
     return result
+
+
+def append_search(
+    path: str | Path,
+    widths: Widths,
+    score: float,
+    stage: str,
+    costs: Mapping[str, Cost],
+    bounds: Bounds,
+) -> None:
+    """Adds an evaluated network to a `search.jsonl`, at once.
+
+    Raises:
+        ResultError: No write access.
+    """
+    path = Path(path)
+    line = {
+        "stage": stage,
+        "score": score,
+        **{kind: cost(widths) for kind, cost in costs.items()},
+        "used": bounds.used(widths),
+        "widths": dict(widths),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise ResultError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def load_search(path: str | Path) -> list[dict[str, Any]]:

@@ -189,6 +189,16 @@ class RandomSearch(Searcher):
         return self._projected(self._encoded(self.space.sample(self.generator) for _ in range(n)))
 
 
+class PriorSearch(Searcher):
+    """Networks near the budget: each group's choices with the chances that `tilted` gives them.
+
+    The prior distribution of PSE-Net (arXiv 2408.16233), projected to fill the budget; it learns nothing.
+    """
+
+    def _propose(self, n: int) -> Sequence[Widths]:
+        return self._projected(draw(self.space, self.chances, n, self.generator))
+
+
 class EvolutionSearch(Searcher):
     """Mutation and crossover of the best networks, after a random generation.
 

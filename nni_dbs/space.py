@@ -223,6 +223,28 @@ class WidthSpace:
             name: {"_type": "choice", "_value": list(c)} for name, c in self._choices.items() if len(c) > 1
         }
 
+    def from_nni(self, parameters: Mapping[str, Any]) -> Widths:
+        """The network of a trial's parameters: a width for each group that `to_nni` offers.
+
+        Raises:
+            WidthError: Other groups than those, or a width that is no choice: they belong to another space.
+        """
+        offered = [name for name, c in self._choices.items() if len(c) > 1]
+        for name in offered:
+            if name not in parameters:
+                raise WidthError(f"no width for group {name!r}: the parameters are of another search space")
+        for name, width in parameters.items():
+            if name not in offered:
+                raise WidthError(
+                    f"no channel group {name!r} to choose a width for{nearest(name, offered)}: "
+                    "the parameters are of another search space"
+                )
+            if width not in self._choices[name]:
+                raise WidthError(
+                    f"{width!r} is no choice for group {name!r}, which has {self._choices[name]}"
+                )
+        return Widths({**self.smallest(), **parameters})
+
     def __contains__(self, widths: object) -> bool:
         return isinstance(widths, Mapping) and all(
             widths.get(g.name, g.size) in self._choices[g.name] for g in self.groups

@@ -18,7 +18,7 @@ LAYERS = (
     ("space", "cost"),
     ("supernet", "latency", "projection", "pool", "slimmable", "sampling", "steps", "bilevel", "evaluate"),
     ("algorithms", "predict", "search"),
-    ("models", "result", "config", "data", "training", "plot", "plot_search", "report"),
+    ("models", "result", "problem", "study", "config", "data", "training", "plot", "plot_search", "report"),
     ("plugin",),
     ("cli",),
 )
