@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from nni_dbs.plugin.architecture import DMCPPruner as DMCPPruner
     from nni_dbs.plugin.architecture import DSAPruner as DSAPruner
     from nni_dbs.plugin.architecture import TASPruner as TASPruner
+    from nni_dbs.plugin.job import experiment as experiment
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
     from nni_dbs.plugin.searching import DBSPruner as DBSPruner
     from nni_dbs.plugin.searching import RandomPruner as RandomPruner
+    from nni_dbs.plugin.tuner import WidthTuner as WidthTuner
     from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
     from nni_dbs.slimmable import Slimmable as Slimmable
@@ -39,6 +41,8 @@ _MODULES = {
     "TASPruner": "nni_dbs.plugin.architecture",
     "RandomPruner": "nni_dbs.plugin.searching",
     "UniformPruner": "nni_dbs.plugin.pruner",
+    "WidthTuner": "nni_dbs.plugin.tuner",
+    "experiment": "nni_dbs.plugin.job",
     "load_pruned": "nni_dbs.result",
     "project": "nni_dbs.projection",
     "Slimmable": "nni_dbs.slimmable",

@@ -16,6 +16,8 @@ from nni_dbs.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nni_dbs.config import Config
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; 0, or 2 with one line on stderr for a mistake of the user's."""
@@ -51,7 +53,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Overrides may stand anywhere behind the configuration, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    unknown = [text for text in rest if options.command is not _prune or text.startswith("-")]
+    takes_overrides = options.command in (_prune, _prepare)
+    unknown = [text for text in rest if not takes_overrides or text.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
@@ -71,11 +74,17 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    prune = add("prune", _prune, "train, prune, fine-tune and export as a configuration says")
-    prune.add_argument("config", metavar="CONFIG", help="YAML file")
-    prune.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as budget=300M train.epochs=2")
-    prune.add_argument("--out", type=Path, help="output directory (default: runs/NAME-METHOD)")
-    prune.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    for name, command, text in (
+        ("prune", _prune, "train, prune, fine-tune and export as a configuration says"),
+        ("prepare", _prepare, "train as prune does, and write an experiment for nnictl that does the search"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("config", metavar="CONFIG", help="YAML file")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="such as budget=300M train.epochs=2"
+        )
+        sub.add_argument("--out", type=Path, help="output directory (default: runs/NAME-METHOD)")
+        sub.add_argument("--resume", action="store_true", help="continue an interrupted run")
 
     for name, command, text in (
         ("groups", _groups, "list a model's channel groups, frozen ones with the reason"),
@@ -93,15 +102,39 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
     plot = add("plot", _plot, "draw the pictures of a run again")
     plot.add_argument("directory", type=Path, metavar="DIR")
+    register = add("register", _register, "make the tuners DBS, DBSEvolution and DBSRandom known to nnictl")
+    register.add_argument("--remove", action="store_true", help="take them out again")
     add("methods", _methods, "list the methods and when to use which")
     return parser
 
 
-def _prune(options: argparse.Namespace) -> None:
+def _config_and_out(options: argparse.Namespace) -> tuple[Config, Path]:
     from nni_dbs.config import load_config
 
     config = load_config(options.config, options.overrides)
-    out = options.out or Path("runs") / f"{Path(options.config).resolve().parent.name}-{config.method}"
+    return config, options.out or Path(
+        "runs"
+    ) / f"{Path(options.config).resolve().parent.name}-{config.method}"
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    config, out = _config_and_out(options)
+    from nni_dbs.plugin.job import prepare
+
+    path = prepare(config, out, options.resume, options.quiet)
+    print(f"nni-dbs register && nnictl create --config {path} --port {config.experiment.port}")
+    print(f"then: nni-dbs prune {out / 'config.yaml'} --out {out} --resume")
+
+
+def _register(options: argparse.Namespace) -> None:
+    from nni_dbs.plugin.register import NAMES, register, unregister
+
+    path = unregister() if options.remove else register()
+    print(f"{', '.join(NAMES)} {'removed from' if options.remove else 'registered in'} {path}")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    config, out = _config_and_out(options)
     from nni_dbs.plugin.job import prune
     from nni_dbs.report import HEADER, cells, table
 

@@ -20,6 +20,8 @@ from nni_dbs.errors import ConfigError
 from torch_pruning_adapters.errors import nearest
 
 FINAL = ("finetune", "scratch", "distill")
+EXECUTORS = ("local", "nni")
+TRIALS = ("score", "train")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,24 @@ class Teaching:
 
 
 @dataclass(frozen=True)
+class Trials:
+    """How an NNI experiment scores networks.
+
+    Attributes:
+        trials: `score`: sub-networks of the supernet, as the pruner would; `train`: each after its final
+            training, alone (`final`: from inherited weights, or from scratch).
+        concurrency: Trials at a time.
+        port: Of NNI's manager and portal.
+        service: NNI's `trainingService`, as NNI's documentation has it: `{platform: local}`, `remote`, ...
+    """
+
+    trials: str = "score"
+    concurrency: int = 2
+    port: int = 8080
+    service: dict[str, Any] = field(default_factory=lambda: {"platform": "local"})
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of `nni-dbs prune`.
 
@@ -75,6 +95,9 @@ class Config:
         final: How that is trained: `finetune` from the weights that it inherits, from `scratch`, or
             `distill`: inside of the full model, which teaches it (`Slimmable`).
         teacher: Of the final training, where that is `finetune` or `scratch`.
+        executor: `local`: networks are scored one by one, in this process; `nni`: by the trials of an NNI
+            experiment.
+        experiment: That experiment.
         seed: Of everything random.
         device: `auto`, `cpu` or `cuda`.
         workers: Processes that load data.
@@ -94,6 +117,8 @@ class Config:
     finetune: Recipe = Recipe(epochs=5, lr=0.01)
     final: str = "finetune"
     teacher: Teaching = Teaching()
+    executor: str = "local"
+    experiment: Trials = field(default_factory=Trials)
     seed: int = 0
     device: str = "auto"
     workers: int = 0
@@ -200,6 +225,12 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "teacher: final: distill has the full network as its teacher already; set teacher.weight=0"
         )
+    if config.executor not in EXECUTORS:
+        raise ConfigError(f"executor: expected local or nni, not {config.executor!r}")
+    if config.experiment.trials not in TRIALS:
+        raise ConfigError(f"experiment.trials: expected score or train, not {config.experiment.trials!r}")
+    if config.experiment.concurrency < 1 or not 0 < config.experiment.port < 65535:
+        raise ConfigError("experiment: concurrency must be at least 1, and port lie between 1 and 65534")
     for stage in ("train", "supernet", "finetune"):
         recipe: Recipe = getattr(config, stage)
         if recipe.epochs < 0 or recipe.batch_size < 1 or not 0 < recipe.lr < math.inf:

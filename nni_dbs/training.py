@@ -17,13 +17,28 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from nni_dbs.bilevel import entries_below
-from nni_dbs.config import Recipe
-from nni_dbs.data import loader
+from nni_dbs.config import Config, Recipe
+from nni_dbs.data import DATASETS, Splits, loader
 from nni_dbs.errors import ConfigError, ResultError, TrainingError
 from nni_dbs.files import write
 from nni_dbs.steps import PatchedStep, kl_divergence, logits_of
 
 Batch = tuple[Tensor, Tensor]
+
+
+def load_splits(config: Config) -> Splits:
+    """The configuration's data, split by its seed."""
+    options = {key: value for key, value in config.data.items() if key != "name"}
+    return DATASETS[config.data["name"]](seed=config.seed, **options)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: there is no CUDA device on this machine; use auto or cpu")
+    return torch.device(name)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

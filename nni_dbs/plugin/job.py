@@ -21,15 +21,16 @@ from torch.utils.data import Dataset
 
 from nni_dbs.config import Config, Recipe, load_config
 from nni_dbs.cost import FlopsCost
-from nni_dbs.data import DATASETS, Splits, loader, split_in_two
+from nni_dbs.data import Splits, loader, split_in_two
 from nni_dbs.errors import ConfigError, ResultError
 from nni_dbs.evaluate import recalibrate_batchnorm
 from nni_dbs.files import write
 from nni_dbs.latency import medians_ms
 from nni_dbs.models import build_model
 from nni_dbs.plugin.architecture import ArchitecturePruner, DMCPPruner, DSAPruner, TASPruner
+from nni_dbs.plugin.experiment import NNIExecutor
 from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
-from nni_dbs.plugin.searching import DBSPruner, RandomPruner
+from nni_dbs.plugin.searching import DBSPruner, Executor, RandomPruner, SearchPruner
 from nni_dbs.report import Row, write_pictures, write_report
 from nni_dbs.result import (
     load_groups,
@@ -43,7 +44,9 @@ from nni_dbs.slimmable import Slimmable
 from nni_dbs.training import (
     accuracy,
     distilling_step,
+    load_splits,
     reinitialise,
+    resolve_device,
     sgd,
     taught_step,
     training_loop,
@@ -130,14 +133,74 @@ class _Run:
         return accuracy(model, self.splits.test, device=self.device, workers=self.config.workers)
 
 
-def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> list[Row]:
+def experiment(
+    config: Config | str | Path, out: str | Path | None = None, resume: bool = False, quiet: bool = False
+) -> list[Row]:
+    """Runs a configuration whose networks are scored by the trials of an NNI experiment.
+
+    `prune` with `executor: nni`, to be called from Python. NNI's portal shows the trials meanwhile, at the
+    configuration's `experiment.port`.
+
+    Args:
+        config: A configuration, or the path of one.
+        out: The run's directory; default: `runs/NAME-METHOD-nni`.
+        resume: Continue a run that was interrupted; networks that its log has are not scored again.
+        quiet: No progress bars.
+    """
+    name = Path("run")
+    if not isinstance(config, Config):
+        name = Path(config).resolve().parent
+        config = load_config(config)
+    config = dataclasses.replace(config, executor="nni")
+    out = Path(out) if out is not None else Path("runs") / f"{name.name}-{config.method}-nni"
+    return prune(config, out, resume, quiet)
+
+
+class _Prepared(Exception):
+    """Ends a run where its search would begin."""
+
+
+def prepare(config: Config, out: Path, resume: bool = False, quiet: bool = False) -> Path:
+    """Runs a configuration up to its search, and writes the directory of an experiment to begin by `nnictl`.
+
+    Its results go to the run's log, so that `prune` with `resume` goes on from them.
+
+    Returns:
+        The NNI configuration for `nnictl create`.
+    """
+    config = dataclasses.replace(config, executor="nni")
+    executor = NNIExecutor(config, out, quiet)
+
+    def write_only(pruner: SearchPruner, model: nn.Module) -> None:
+        executor.prepare(pruner, model)
+        raise _Prepared
+
+    try:
+        prune(config, out, resume, quiet, write_only)
+    except _Prepared:
+        return executor.directory / "nni.yml"
+    raise AssertionError("a run without a search was not refused")
+
+
+def prune(
+    config: Config, out: Path, resume: bool = False, quiet: bool = False, executor: Executor | None = None
+) -> list[Row]:
     """Runs a configuration and fills the directory `out`; returns the rows of the final table.
+
+    Args:
+        config, out: What to run, and where.
+        resume, quiet: As the command's.
+        executor: In place of the one that `config.executor` names.
 
     Raises:
         ConfigError: Unknown method or option.
         ResultError: `out` holds another run and `resume` is not set, or the reloaded model differs.
     """
     pruner_class = method(config.method)
+    if config.executor == "nni" and not issubclass(pruner_class, SearchPruner):
+        raise ConfigError(f"executor: method {config.method!r} scores no networks, so nni has nothing to run")
+    if config.executor == "nni" and executor is None:
+        executor = NNIExecutor(config, out, quiet)
     if not resume and any((out / name).exists() for name in ("checkpoint", "search.jsonl", "result.json")):
         raise ResultError(f"{out} holds a run already; continue it with --resume or choose another --out")
     if resume:
@@ -150,7 +213,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
         _check_outputs(model, run)
         if config.final == "scratch":
             reinitialise(copy.deepcopy(model), config.seed)
-        checked = _pruner(pruner_class, copy.deepcopy(model), run, resume)
+        checked = _pruner(pruner_class, copy.deepcopy(model), run, resume, executor)
     write(out / "config.yaml", lambda path: path.write_text(config.to_yaml()))
     with run.stage("train"):
         run.train(model, config.train, "train")
@@ -158,7 +221,7 @@ def prune(config: Config, out: Path, resume: bool = False, quiet: bool = False) 
     teacher = copy.deepcopy(model) if config.teacher.weight > 0 else None
 
     with run.stage("prune"):
-        pruner = _pruner(pruner_class, model, run, resume)
+        pruner = _pruner(pruner_class, model, run, resume, executor)
         pruner.compress(max_epochs=config.supernet.epochs if pruner.trains_supernet else None)
         small = pruner.export()
         pruner.unwrap_model()
@@ -212,21 +275,6 @@ def method(name: str) -> type[WidthPruner]:
     return METHODS[name]
 
 
-def load_splits(config: Config) -> Splits:
-    """The configuration's data, split by its seed."""
-    options = {key: value for key, value in config.data.items() if key != "name"}
-    return DATASETS[config.data["name"]](seed=config.seed, **options)
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: there is no CUDA device on this machine; use auto or cpu")
-    return torch.device(name)
-
-
 def _finally_trained(
     model: nn.Module, small: nn.Module, pruner: WidthPruner, run: _Run, teacher: nn.Module | None
 ) -> nn.Module:
@@ -246,7 +294,13 @@ def _finally_trained(
     return small
 
 
-def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume: bool) -> WidthPruner:
+def _pruner(
+    pruner_class: type[WidthPruner],
+    model: nn.Module,
+    run: _Run,
+    resume: bool,
+    executor: Executor | None = None,
+) -> WidthPruner:
     config = run.config
     check_options(config.options, pruner_class)
     trains = pruner_class.trains_supernet
@@ -263,6 +317,8 @@ def _pruner(pruner_class: type[WidthPruner], model: nn.Module, run: _Run, resume
         if config.supernet.epochs == 0:
             raise ConfigError(f"supernet.epochs: {config.method} learns its widths then; give it at least 1")
         more["steps_per_epoch"] = max(len(data) // recipe.batch_size, 1)  # type: ignore[arg-type]
+    if executor is not None:
+        more["executor"] = executor
     evaluator = run.evaluator(model, recipe, name, checkpoint=trains, dataset=data)
     try:
         return pruner_class(
@@ -329,7 +385,9 @@ def _check_same_run(config: Config, out: Path) -> None:
         decisive += ["method", "options", "budget", "config_list", "min_ratio", "divisor", "supernet"]
     if (out / "checkpoint" / "finetune.safetensors").exists() or (out / "result.json").exists():
         decisive = [field.name for field in dataclasses.fields(Config)]
-    if any(getattr(before, name) != getattr(config, name) for name in decisive):
+    searched = (out / "search.jsonl").exists()
+    other_trials = searched and before.experiment.trials != config.experiment.trials
+    if other_trials or any(getattr(before, name) != getattr(config, name) for name in decisive):
         raise ResultError(
             f"{out} holds a run with another configuration; resume that one or choose another --out"
         )

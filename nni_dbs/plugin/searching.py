@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -20,13 +19,16 @@ from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score, train_superne
 from nni_dbs.plugin.pruner import LATENCY_TRIES, WidthPruner
 from nni_dbs.predict import TransformerPredictor
 from nni_dbs.projection import leaves_room
-from nni_dbs.result import load_search
+from nni_dbs.result import append_search, load_search
 from nni_dbs.search import RandomSearch, Searcher
 from nni_dbs.space import Widths
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import shrink
 from torch_pruning_adapters.errors import nearest
 
+Executor = Callable[["SearchPruner", nn.Module], None]
+
+CALIBRATION_STEPS = 20  # by default
 _MEASURED = 10  # of the best networks, where latency is bounded
 _SMALLER = 4  # of these, where none keeps it
 
@@ -73,22 +75,8 @@ class EvaluatingPruner(WidthPruner):
 
     def _record(self, widths: Widths, score: float, stage: str) -> None:
         """Appends an evaluated network to the log."""
-        if self.log is None:
-            return
-        costs = {kind: cost(widths) for kind, cost in self.costs.items()}
-        line = {
-            "stage": stage,
-            "score": score,
-            **costs,
-            "used": self.bounds.used(widths),
-            "widths": dict(widths),
-        }
-        try:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise ResultError(f"cannot write {self.log}: {error.strerror or error}") from error
+        if self.log is not None:
+            append_search(self.log, widths, score, stage, self.costs, self.bounds)
 
     def _logged(self) -> dict[Widths, float]:
         """Scores of the log of an interrupted run; otherwise the log begins anew."""
@@ -115,6 +103,8 @@ class SearchPruner(EvaluatingPruner):
             more, of stage "smaller" in the log, where none of the best keeps a latency.
         per_round: How many of them the searcher is asked for at a time.
         calibration_steps: See `EvaluatingPruner`.
+        executor: Called once before the rounds, with this pruner and the model, to score networks elsewhere
+            and add them to `log` (which it needs); the rounds evaluate what is still missing.
         kwargs: See `WidthPruner`.
     """
 
@@ -128,6 +118,7 @@ class SearchPruner(EvaluatingPruner):
         evaluations: int,
         per_round: int,
         calibration_steps: int,
+        executor: Executor | None = None,
         **kwargs: Any,
     ) -> None:
         for name, value in (("evaluations", evaluations), ("per_round", per_round)):
@@ -136,12 +127,19 @@ class SearchPruner(EvaluatingPruner):
         super().__init__(
             model, config_list, evaluator, existed_wrappers, calibration_steps=calibration_steps, **kwargs
         )
+        if executor is not None and self.log is None:
+            raise ConfigError("an executor adds its scores to a log: give log=")
         self.evaluations = evaluations
         self.per_round = per_round
+        self.executor = executor
 
     @abstractmethod
     def _searcher(self) -> Searcher:
         """Made anew for each `compress`."""
+
+    @abstractmethod
+    def tuner_arguments(self) -> dict[str, Any]:
+        """Arguments of a `WidthTuner` that proposes what this pruner would."""
 
     def _choose(self, model: nn.Module) -> Widths:
         with self._stage("points"):
@@ -151,6 +149,13 @@ class SearchPruner(EvaluatingPruner):
     def _search(self, model: nn.Module, searcher: Searcher) -> Widths:
         """Rounds until enough networks are evaluated, and the choice."""
         known = self._logged()
+        if self.executor is not None:
+            assert self.log is not None
+            with self._stage("experiment"):
+                self.executor(self, model)
+            for line in load_search(self.log):
+                known[Widths(line["widths"])] = line["score"]
+                searcher.tell(line["widths"], line["score"])
 
         def tell(widths: Widths, stage: str) -> None:
             with self._stage("evaluate"):
@@ -159,7 +164,11 @@ class SearchPruner(EvaluatingPruner):
             searcher.tell(widths, known[widths])
 
         with tqdm(
-            total=self.evaluations, desc=self.method, unit="network", disable=True if self.quiet else None
+            total=self.evaluations,
+            initial=len(searcher.told),
+            desc=self.method,
+            unit="network",
+            disable=True if self.quiet else None,
         ) as bar:
             while len(searcher.told) < self.evaluations:
                 with self._stage("search"):
@@ -218,7 +227,7 @@ class RandomPruner(SearchPruner):
         existed_wrappers: dict | None = None,
         *,
         candidates: int = 16,
-        calibration_steps: int = 20,
+        calibration_steps: int = CALIBRATION_STEPS,
         **kwargs: Any,
     ) -> None:
         if candidates < 1:
@@ -236,6 +245,9 @@ class RandomPruner(SearchPruner):
 
     def _searcher(self) -> Searcher:
         return RandomSearch(self.space, self.bounds, self.seed)
+
+    def tuner_arguments(self) -> dict[str, Any]:
+        return {"searcher": "random", "seed": self.seed, "per_round": self.per_round}
 
 
 class DBSPruner(SearchPruner):
@@ -283,7 +295,7 @@ class DBSPruner(SearchPruner):
         per_step: int = 2,
         latent: bool = False,
         dim: int = 16,
-        calibration_steps: int = 20,
+        calibration_steps: int = CALIBRATION_STEPS,
         **kwargs: Any,
     ) -> None:
         if points < 1 or evaluations < points:
@@ -319,6 +331,15 @@ class DBSPruner(SearchPruner):
         return DBSSearch(
             self.space, self.bounds, self.seed, points=self.points, latent=self.latent, predictor=predictor
         )
+
+    def tuner_arguments(self) -> dict[str, Any]:
+        return {
+            "searcher": "dbs",
+            "seed": self.seed,
+            "per_round": self.per_round,
+            "points": self.points,
+            "latent": self.latent,
+        }
 
     def _choose(self, model: nn.Module) -> Widths:
         with self._stage("points"):
