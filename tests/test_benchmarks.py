@@ -92,6 +92,21 @@ def test_searches_on_the_external_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(0 <= row["gap"] < float(inside.max() - inside.mean()) for row in record["rows"])
 
 
+@pytest.mark.skipif("CHANNEL_BENCH" not in os.environ, reason="CHANNEL_BENCH does not name the table")
+@pytest.mark.slow
+def test_tuners_on_the_external_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "tuners.json"
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", ["tuners", "--quick", "--repeats", "1", "--out", str(out)])
+    bench = importlib.import_module("examples.benchmarks.tuners")
+    bench.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["method"] for row in rows] == list(bench.METHODS)
+    for row in rows:
+        told = row["method"].startswith("NNI") and not row["method"].endswith("free refusals")
+        assert row["gap"] >= 0 and (told or row["trials inside"] == 1)
+
+
 def test_the_external_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.delenv("CHANNEL_BENCH", raising=False)
