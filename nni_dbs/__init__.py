@@ -18,9 +18,15 @@ if TYPE_CHECKING:
     from nni_dbs.plugin.architecture import DSAPruner as DSAPruner
     from nni_dbs.plugin.architecture import TASPruner as TASPruner
     from nni_dbs.plugin.job import experiment as experiment
+    from nni_dbs.plugin.nas import WidthModelSpace as WidthModelSpace
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
     from nni_dbs.plugin.searching import DBSPruner as DBSPruner
     from nni_dbs.plugin.searching import RandomPruner as RandomPruner
+    from nni_dbs.plugin.strategy import DBSStrategy as DBSStrategy
+    from nni_dbs.plugin.strategy import DMCPStrategy as DMCPStrategy
+    from nni_dbs.plugin.strategy import DSAStrategy as DSAStrategy
+    from nni_dbs.plugin.strategy import EvolutionStrategy as EvolutionStrategy
+    from nni_dbs.plugin.strategy import TASStrategy as TASStrategy
     from nni_dbs.plugin.tuner import WidthTuner as WidthTuner
     from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
@@ -41,6 +47,12 @@ _MODULES = {
     "TASPruner": "nni_dbs.plugin.architecture",
     "RandomPruner": "nni_dbs.plugin.searching",
     "UniformPruner": "nni_dbs.plugin.pruner",
+    "DBSStrategy": "nni_dbs.plugin.strategy",
+    "DMCPStrategy": "nni_dbs.plugin.strategy",
+    "DSAStrategy": "nni_dbs.plugin.strategy",
+    "EvolutionStrategy": "nni_dbs.plugin.strategy",
+    "TASStrategy": "nni_dbs.plugin.strategy",
+    "WidthModelSpace": "nni_dbs.plugin.nas",
     "WidthTuner": "nni_dbs.plugin.tuner",
     "experiment": "nni_dbs.plugin.job",
     "load_pruned": "nni_dbs.result",
@@ -58,7 +70,13 @@ __all__ = sorted(_MODULES)
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'nni_dbs' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ModuleNotFoundError as error:
+        if error.name != "pytorch_lightning":
+            raise
+        raise ImportError(f"NNI's NAS, and {name}, need Lightning: pip install 'nni-dbs[nas]'") from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -250,17 +250,25 @@ def load_pruned(directory: str | Path, model: nn.Module | None = None) -> nn.Mod
         small = shrink(model, groups, widths, prefix_order(groups))
     except WidthError as error:
         raise ResultError(f"{directory} was saved from another model: {error}") from error
-    path = directory / "weights.safetensors"
+    load_weights(small, directory / "weights.safetensors")
+    return small
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Gives a model the weights of a safetensors file.
+
+    Raises:
+        ResultError: The file is missing, damaged, or of another model.
+    """
     try:
-        load_model(small, str(path))
+        load_model(model, str(path))
     except FileNotFoundError as error:
         raise ResultError(f"{path} is missing; export the model again") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ResultError(f"{path} is damaged ({error}); export the model again") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ResultError(f"{path} does not fit this model: {reason[:300]}") from error
-    return small
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Study:
 
     Args:
         problem: What to search.
-        log: Path of the `search.jsonl`; what it holds already is known from the start.
+        log: Path of the `search.jsonl`; what it holds already is known from the start. None: no files.
         budget: In place of the problem's own.
         searcher: `dbs`, `evolution`, `greedy`, `prior` or `random`.
         seed: Of the searcher.
@@ -64,7 +64,7 @@ class Study:
     def __init__(
         self,
         problem: Problem,
-        log: Path,
+        log: Path | None,
         *,
         budget: float | str | Mapping[str, float | str] | None = None,
         searcher: str = "dbs",
@@ -134,7 +134,8 @@ class Study:
         network = self._complete(widths)
         self._tell(self.searcher, network, score)
         stage = self.searcher.stage(network)
-        append_search(self.log, network, float(score), stage, self.problem.costs, self.bounds)
+        if self.log is not None:
+            append_search(self.log, network, float(score), stage, self.problem.costs, self.bounds)
         self._remember(network, float(score), trial)
         self._write_rows()
 
@@ -162,18 +163,18 @@ class Study:
         return self.problem.space.decode(self.problem.space.encode(widths))
 
     def _read_log(self) -> None:
-        for line in load_search(self.log):
+        for line in [] if self.log is None else load_search(self.log):
             try:
                 self._remember(self._complete(line["widths"]), line["score"])
             except WidthError as error:
                 raise ConfigError(f"{self.log} is of another search ({error}): choose another log") from error
 
     @property
-    def _table(self) -> Path:
-        return self.log.parent / "results.csv"
+    def _table(self) -> Path | None:
+        return None if self.log is None else self.log.parent / "results.csv"
 
     def _read_rows(self) -> None:
-        if self._table.exists():
+        if self._table is not None and self._table.exists():
             with self._table.open() as file:
                 for row in csv.DictReader(file):
                     self._row(self._complete({name: int(row[name]) for name in self.problem.space.names}))
@@ -186,6 +187,8 @@ class Study:
         return self._rows[widths]
 
     def _write_rows(self) -> None:
+        if self._table is None:
+            return
         table = io.StringIO()
         rows = list(self._rows.values())
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")

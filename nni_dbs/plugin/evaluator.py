@@ -134,7 +134,7 @@ def train_supernet(
         EvaluatorError: Another model is bound, or none; or Lightning's optimisation is manual.
     """
     owner, name, distill = _training_step_of(evaluator, supernet, distill)
-    with _patched(owner, name, SupernetStep(supernet, steps, getattr(owner, name), distill)) as step:
+    with patched_step(owner, name, SupernetStep(supernet, steps, getattr(owner, name), distill)) as step:
         yield step
 
 
@@ -164,7 +164,7 @@ def train_architecture(
         evaluator.patch_optim_param_group({next(norms, ""): list(search.parameters.values())})
     calls = steps * _accumulated(evaluator)
     step = BilevelStep(search, getattr(owner, name), calls, batch_at, second, distill)
-    with _patched(owner, name, step), _cleared_with(search.supernet.model, search.parameters.values()):
+    with patched_step(owner, name, step), _cleared_with(search.supernet.model, search.parameters.values()):
         yield step
 
 
@@ -215,7 +215,8 @@ Patched = TypeVar("Patched", bound=PatchedStep)
 
 
 @contextmanager
-def _patched(owner: Any, name: str, step: Patched) -> Iterator[Patched]:
+def patched_step(owner: Any, name: str, step: Patched) -> Iterator[Patched]:
+    """Within the block `step` takes the place of `owner`'s training step `name`, with its signature."""
     own = vars(owner).get(name)
 
     @functools.wraps(step.training_step)  # Lightning and Transformers inspect signatures

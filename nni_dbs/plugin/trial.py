@@ -19,15 +19,15 @@ from pathlib import Path
 
 import nni
 import torch
-from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from nni_dbs.config import Config, Recipe, load_config
 from nni_dbs.data import Splits
-from nni_dbs.errors import ConfigError, ResultError, UserError
+from nni_dbs.errors import ConfigError, UserError
 from nni_dbs.evaluate import cumulative_batchnorm
 from nni_dbs.models import build_model
 from nni_dbs.problem import Problem
+from nni_dbs.result import load_weights
 from nni_dbs.space import Widths
 from nni_dbs.training import (
     Batch,
@@ -93,12 +93,7 @@ class Trial:
         self.device = resolve_device(self.config.device)
         torch.manual_seed(self.config.seed)
         self.model = build_model(self.config.model, self.config.arguments)
-        path = self.directory / "weights.safetensors"
-        try:
-            load_model(self.model, str(path))
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ResultError(f"cannot load {path} into {self.config.model}: {reason}") from error
+        load_weights(self.model, self.directory / "weights.safetensors")
         self.model.to(self.device)
 
     def score(self, widths: Widths, recipe: str, calibration_steps: int) -> float:
