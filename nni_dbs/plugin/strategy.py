@@ -342,6 +342,7 @@ class _Training(pl.Callback):
             raise ConfigError(
                 "schedules run over the whole training: give the Trainer max_epochs or max_steps"
             )
+        pl_module.train()  # Lightning >= 2.2 trains in the mode it finds
         search = self.begin(int(steps))
         # The evaluator's optimizer finds there what the search trains beside the model.
         self.space.extend_with(search.parameters)
