@@ -23,7 +23,12 @@ def test_a_configuration_is_one(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("dbs", "fine-tuned: "), ("slimmable", "cut out at 25%: "), ("drop_in", "params ")],
+    [
+        ("dbs", "fine-tuned: "),
+        ("slimmable", "cut out at 25%: "),
+        ("drop_in", "params "),
+        ("nas", "of the test images"),
+    ],
 )
 def test_a_script_runs(name: str, said: str) -> None:
     command = [sys.executable, "-m", f"examples.{name}"]
