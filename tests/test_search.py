@@ -21,10 +21,10 @@ from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.cost import Bounds, Limit
 from nni_dbs.errors import BudgetError, TrainingError
-from nni_dbs.pool import starting_points
+from nni_dbs.pool import draw, starting_points
 from nni_dbs.predict import TransformerPredictor
 from nni_dbs.projection import project, project_batch
-from nni_dbs.search import EvolutionSearch, GreedySearch, RandomSearch, Searcher, neighbours
+from nni_dbs.search import EvolutionSearch, GreedySearch, PriorSearch, RandomSearch, Searcher, neighbours
 from torch_pruning_adapters import find_channel_groups
 
 Costs = dict[str, Any]
@@ -381,6 +381,20 @@ class TestRandomSearch(SearcherContract):
         told = [w for new in played(RandomSearch(*problem), 4, 5) for w in new]
         untold = RandomSearch(*problem)
         assert [w for _ in range(4) for w in untold.ask(5)] == told
+
+
+class TestPriorSearch(SearcherContract):
+    def make(self, space: WidthSpace, bounds: Bounds, seed: int = 0) -> Searcher:
+        return PriorSearch(space, bounds, seed)
+
+    @pytest.mark.parametrize("budget", [0.15, 0.8])
+    def test_what_it_draws_is_near_the_budget_before_it_is_projected(self, budget: float) -> None:
+        space, bounds = within(net(), budget)
+        searcher = PriorSearch(space, bounds)
+        drawn = draw(space, searcher.chances, 500, torch.Generator().manual_seed(0))
+        used = bounds.used_batch(drawn).mean()
+        anything = bounds.used_batch(searcher._drawn(500)).mean()
+        assert abs(float(used) - 1) < 0.15 < abs(float(anything) - 1)
 
 
 class TestGreedySearch(SearcherContract):
