@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from nni_dbs.errors import ConfigError, DataError, TrainingError
 from nni_dbs.sampling import Step
@@ -266,6 +267,15 @@ def check_architecture(*, limit: int = 2, lr: float | None = None) -> None:
         raise ConfigError(f"limit must be at least 2 widths, not {limit}")
     if lr is not None and not 0 < lr < math.inf:
         raise ConfigError(f"lr must be positive, not {lr}")
+
+
+def check_second(second: Iterable[Any] | None) -> None:
+    """Raises `ConfigError` for what is not batches that can be iterated again and again."""
+    if second is not None and (isinstance(second, Dataset) or not hasattr(second, "__iter__")):
+        raise ConfigError(
+            f"second must give batches, as a DataLoader does, not {type(second).__name__}: wrap a data set "
+            "in a DataLoader"
+        )
 
 
 def cosine(progress: float, first: float, last: float) -> float:

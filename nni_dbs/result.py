@@ -263,9 +263,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         load_model(model, str(path))
     except FileNotFoundError as error:
-        raise ResultError(f"{path} is missing; export the model again") from error
+        raise ResultError(f"{path} is missing; save the weights again") from error
     except (SafetensorError, OSError) as error:
-        raise ResultError(f"{path} is damaged ({error}); export the model again") from error
+        raise ResultError(f"{path} is damaged ({error}); save the weights again") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ResultError(f"{path} does not fit this model: {reason[:300]}") from error

@@ -47,7 +47,7 @@ class Study:
             so far.
         optimize_mode: `maximize` or `minimize`, of the scores.
         resumed: Networks that were proposed before, and have no result, are still being evaluated. Otherwise
-            they will be proposed again.
+            they will be proposed again, first.
         options: The searcher's own: `points`, `latent`, `starts`, `fresh`, `optimism` (dbs), `initial`,
             `parents`, `mutation` (evolution).
 
@@ -83,12 +83,12 @@ class Study:
         self.scores: dict[Widths, float] = {}
         self._make = lambda space: SEARCHERS[searcher](space, self.bounds, seed, **options)
         self._sign = 1 if optimize_mode == "maximize" else -1
-        self._rows: dict[Widths, dict[str, Any]] = {}  # of results.csv
+        self._rows: dict[Widths, dict[str, Any]] = {}  # of results.csv: what was proposed or told, in order
+        self._pending: set[Widths] = set()  # proposed, and evaluated at present
         self._waiting: deque[Widths] = deque()
-        self._read_log()
-        if resumed:
-            self._read_rows()
-        self.searcher = self._began(problem.space)
+        self.searcher = self._make(problem.space)
+        self._read_files()
+        self._go_on(resumed)
 
     def narrow(self, search_space: Mapping[str, Any]) -> None:
         """Proposes from a part of the problem's space from now on: as `WidthSpace.to_nni`, or empty for all.
@@ -110,7 +110,8 @@ class Study:
             if not self._waiting:
                 return None
             widths = self._waiting.popleft()
-            if widths not in self._rows:
+            if widths not in self.scores and widths not in self._pending:
+                self._pending.add(widths)
                 self._row(widths)
                 self._write_rows()
                 return widths
@@ -128,8 +129,9 @@ class Study:
             TrainingError: Not a finite number.
         """
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            who = "a trial" if trial is None else f"trial {trial}"
             raise TrainingError(
-                f"trial {trial} reported {score!r}: report a finite number, or a dict whose 'default' is one"
+                f"{who} reported {score!r}: report a finite number, or a dict whose 'default' is one"
             )
         network = self._complete(widths)
         self._tell(self.searcher, network, score)
@@ -137,11 +139,35 @@ class Study:
         if self.log is not None:
             append_search(self.log, network, float(score), stage, self.problem.costs, self.bounds)
         self._remember(network, float(score), trial)
+        self._pending.discard(network)
         self._write_rows()
+
+    def knows(self, widths: Mapping[str, int]) -> bool:
+        """Whether a network has a result; `widths` as for `learn`."""
+        return self._complete(widths) in self.scores
+
+    def ranked(self) -> list[Widths]:
+        """All networks inside of the budget that have results, the one to keep first."""
+        return self.searcher.ranked() if self.searcher.told else []
 
     def best(self) -> Widths:
         """The network to keep, by all results so far."""
         return self.searcher.best()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All proposals in order, with their scores where there are any; JSON."""
+        return {"proposed": [(dict(widths), self.scores.get(widths)) for widths in self._rows]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state of a study that was made alike; a log has more to say."""
+        if self.log is not None:
+            return
+        for widths, score in state["proposed"]:
+            network = self._complete(widths)
+            self._row(network)
+            if score is not None:
+                self._remember(network, score)
+        self._go_on(resumed=False)
 
     def _began(self, space: WidthSpace) -> Searcher:
         """A new searcher that knows all results."""
@@ -150,9 +176,41 @@ class Study:
             self._tell(searcher, widths, score)
         return searcher
 
+    def _go_on(self, resumed: bool) -> None:
+        """The searcher after all results, and what it has proposed already."""
+        unfinished = [w for w in self._rows if w not in self.scores and self._allowed(self.problem.space, w)]
+        if resumed:
+            self._pending.update(unfinished)
+        self.searcher, asked = self._replayed()
+        self._waiting.extend(dict.fromkeys([*unfinished, *asked]))
+
+    def _replayed(self) -> tuple[Searcher, list[Widths]]:
+        """The searcher where an earlier run left it, and what it had asked for then.
+
+        A run that evaluated one network after another goes on as if nothing had interrupted it. If the
+        searcher asks for others than were proposed, as with another seed or several trials at a time, a new
+        one learns the results.
+        """
+        searcher = self._make(self.problem.space)
+        left = set(self._rows)
+        asked: list[Widths] = []
+        while left:
+            asked = searcher.ask(self.per_round)
+            left.difference_update(asked)
+            if left and (not asked or any(widths not in self._rows for widths in asked)):
+                return self._began(self.problem.space), []
+            for widths in asked:
+                if widths in self.scores:
+                    self._tell(searcher, widths, self.scores[widths])
+        return searcher, asked
+
     def _tell(self, searcher: Searcher, widths: Widths, score: float) -> None:
-        if widths in searcher.space and self.bounds.fits(widths):
+        if self._allowed(searcher.space, widths):
             searcher.tell(widths, self._sign * score)
+
+    def _allowed(self, space: WidthSpace, widths: Widths) -> bool:
+        """Of a log of another budget, for example, not all networks are."""
+        return widths in space and self.bounds.fits(widths)
 
     def _remember(self, widths: Widths, score: float, trial: str | None = None) -> None:
         self.scores[widths] = score
@@ -162,22 +220,24 @@ class Study:
         check_widths(self.problem.space.groups, widths)
         return self.problem.space.decode(self.problem.space.encode(widths))
 
-    def _read_log(self) -> None:
-        for line in [] if self.log is None else load_search(self.log):
-            try:
-                self._remember(self._complete(line["widths"]), line["score"])
-            except WidthError as error:
-                raise ConfigError(f"{self.log} is of another search ({error}): choose another log") from error
+    def _read_files(self) -> None:
+        """The table has the order of the proposals and the trials' names, the log all results."""
+        if self.log is None:
+            return
+        try:
+            for row in _table(self._path):
+                network = self._complete({name: int(row[name]) for name in self.problem.space.names})
+                self._row(network)["trial"] = row["trial"] or None
+            for line in load_search(self.log):
+                network = self._complete(line["widths"])
+                self._remember(network, line["score"], self._row(network)["trial"])
+        except (WidthError, KeyError, ValueError) as error:
+            raise ConfigError(f"{self.log} is of another search ({error}): choose another log") from error
 
     @property
-    def _table(self) -> Path | None:
-        return None if self.log is None else self.log.parent / "results.csv"
-
-    def _read_rows(self) -> None:
-        if self._table is not None and self._table.exists():
-            with self._table.open() as file:
-                for row in csv.DictReader(file):
-                    self._row(self._complete({name: int(row[name]) for name in self.problem.space.names}))
+    def _path(self) -> Path:
+        assert self.log is not None
+        return self.log.parent / "results.csv"
 
     def _row(self, widths: Widths) -> dict[str, Any]:
         if widths not in self._rows:
@@ -187,14 +247,22 @@ class Study:
         return self._rows[widths]
 
     def _write_rows(self) -> None:
-        if self._table is None:
+        if self.log is None:
             return
         table = io.StringIO()
         rows = list(self._rows.values())
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write(self._table, lambda path: path.write_text(table.getvalue()))
+        write(self._path, lambda path: path.write_text(table.getvalue()))
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    """Rows of a `results.csv`; none if there is no such file."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -206,7 +274,7 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     defaults = {
         p.name: p.default
         for p in (*own.values(), *inspect.signature(SEARCHERS[name].__init__).parameters.values())
-        if type(p.default) in (bool, int, float, str)
+        if type(p.default) in (bool, int, float, str) and p.name != "resumed"
     }
     for key, value in given.items():
         if key not in defaults:

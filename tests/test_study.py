@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -155,10 +156,70 @@ def test_a_study_on_the_same_log_goes_on(tmp_path: Path) -> None:
     assert second.scores == first.scores == dict(second.searcher.told)
     assert second.best() == first.best()
     again = [second.propose() for _ in range(8)]
-    assert not set(again) & set(known) and lost is not None
-    assert [row["score"] for row in rows_of(tmp_path / "results.csv")][:7] == [
-        str(quality(w)) for w in known if w is not None
+    assert not set(again) & set(known) and again[0] == lost
+    assert [row["score"] for row in rows_of(tmp_path / "results.csv")][:8] == [
+        "",
+        *(str(quality(w)) for w in known if w is not None),
     ]
+
+
+def played(study: Study, n: int) -> list[Widths]:
+    """One network after another."""
+    found = []
+    for i in range(n):
+        widths = study.propose()
+        assert widths is not None
+        study.learn(widths, quality(widths), trial=f"t{i}")
+        found.append(widths)
+    return found
+
+
+@functools.cache
+def uninterrupted(searcher: str) -> tuple[list[Widths], Widths]:
+    """Its proposals and its choice."""
+    study = Study(problem(), None, searcher=searcher, **small_options(searcher))
+    return played(study, 14), study.best()
+
+
+@pytest.mark.parametrize(("kept", "stop"), [("log", 1), ("state", 7), ("log", 8), ("state", 11)])
+@pytest.mark.parametrize("searcher", SEARCHERS)
+def test_an_interrupted_study_goes_on_as_if_it_were_not(
+    searcher: str, kept: str, stop: int, tmp_path: Path
+) -> None:
+    def begin(name: str) -> Study:
+        log = tmp_path / name / "log" if kept == "log" else None
+        return Study(problem(), log, searcher=searcher, **small_options(searcher))
+
+    whole, best = uninterrupted(searcher)
+    first = begin("killed")
+    before = played(first, stop)
+    interrupted = first.propose()
+    state = json.loads(json.dumps(first.state_dict()))
+    second = begin("killed")
+    second.load_state_dict(state)
+    assert second.scores == first.scores
+    after = played(second, 14 - stop)
+    assert before + after == whole and after[0] == interrupted
+    assert second.best() == best
+    if kept == "log":
+        rows = rows_of(tmp_path / "killed" / "results.csv")
+        trials = [f"t{i}" for i in (*range(stop), *range(14 - stop))]
+        assert [row["trial"] for row in rows] == trials
+
+
+def test_a_log_of_another_seed_or_a_larger_budget_is_known(tmp_path: Path) -> None:
+    first = Study(problem(0.9), tmp_path / "log", searcher="random")
+    known = played(first, 6)
+    second = Study(problem(0.4), tmp_path / "log", searcher="random", seed=1)
+    assert list(second.scores) == known and not second.searcher.told
+    assert all(second.bounds.fits(widths) for widths in played(second, 6))
+    assert second.bounds.fits(second.best())
+
+
+def test_a_table_of_another_search_is_told(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("trial,score,other\n,,3\n")
+    with pytest.raises(ConfigError, match="is of another search"):
+        Study(problem(), tmp_path / "log")
 
 
 def test_starting_points_without_a_result_are_proposed_again_after_a_restart(tmp_path: Path) -> None:

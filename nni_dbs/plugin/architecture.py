@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from nni.compression.utils.evaluator import Evaluator
 from torch import nn
-from torch.utils.data import Dataset
 
 from nni_dbs.algorithms.dmcp import DMCPSearch
 from nni_dbs.algorithms.dsa import DSASearch
 from nni_dbs.algorithms.tas import TASSearch
 from nni_dbs.algorithms.tas_supernet import TASSupernet
-from nni_dbs.bilevel import ArchitectureSearch, check_architecture
+from nni_dbs.bilevel import ArchitectureSearch, check_architecture, check_second
 from nni_dbs.errors import ConfigError
 from nni_dbs.plugin.evaluator import train_architecture
 from nni_dbs.plugin.searching import EvaluatingPruner
@@ -68,11 +67,7 @@ class ArchitecturePruner(EvaluatingPruner):
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise ConfigError(f"steps_per_epoch must be at least 1, not {steps_per_epoch}")
         check_architecture(lr=lr)
-        if second is not None and (isinstance(second, Dataset) or not hasattr(second, "__iter__")):
-            raise ConfigError(
-                f"second must give batches, as a DataLoader does, not {type(second).__name__}: wrap a data "
-                "set in a DataLoader"
-            )
+        check_second(second)
         super().__init__(
             model, config_list, evaluator, existed_wrappers, calibration_steps=calibration_steps, **kwargs
         )

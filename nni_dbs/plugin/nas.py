@@ -103,10 +103,6 @@ class WidthModelSpace(ModelSpace):
         self.validate(sample)
         return shrink(self.model, self.widths.groups, _network(self.widths, sample), self.order)
 
-    def extend_with(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Gives the space parameters that a search trains beside the model, in place of earlier ones."""
-        self.beside = nn.ParameterList(parameters.values())
-
     def fits(self, model: ExecutableModelSpace) -> bool:
         """Whether a network that a strategy proposes keeps the budget; for NNI's `Filter`."""
         return self.bounds.fits(_network(self.widths, model.sample))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from abc import abstractmethod
@@ -16,12 +17,16 @@ from nni.nas.execution import ExecutionEngine
 from nni.nas.oneshot.pytorch.strategy import OneShotStrategy
 from nni.nas.space import ExecutableModelSpace, ModelStatus, RawFormatModelSpace
 from nni.nas.strategy import Strategy
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_dbs.algorithms.dmcp import DMCPSearch
 from nni_dbs.algorithms.dsa import DSASearch
 from nni_dbs.algorithms.tas import TASSearch
 from nni_dbs.algorithms.tas_supernet import TASSupernet
-from nni_dbs.bilevel import ArchitectureSearch, BilevelStep, check_architecture
+from nni_dbs.bilevel import ArchitectureSearch, BilevelStep, check_architecture, check_second
 from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.plugin.evaluator import patched_step
 from nni_dbs.plugin.nas import WidthModelSpace, sample_of
@@ -37,8 +42,9 @@ class SearchStrategy(Strategy):
 
     For the sequential engine and NNI's training services, in raw or simplified model format. The experiment's
     `max_trial_number` ends it, or a space of which every network was proposed. Each result is paired with the
-    network that it belongs to at any concurrency. The first of `export_top_models` is the searcher's choice,
-    by all results together; the others follow by their own result.
+    network that it belongs to at any concurrency. `export_top_models` has the searcher's order, by all
+    results together. A resumed experiment goes on as if nothing had interrupted it, where trials run one by
+    one; networks that were running are evaluated again.
 
     Args:
         seed: Of the searcher.
@@ -59,11 +65,14 @@ class SearchStrategy(Strategy):
         self, *, seed: int = 0, per_round: int = 4, log: str | Path | None = None, **options: Any
     ) -> None:
         super().__init__()
+        for name in options.keys() & {"searcher", "optimize_mode"}:
+            raise ConfigError(f"{type(self).__name__} has no option {name!r}: NNI's NAS maximises")
         self._options = {"searcher": self.searcher, "seed": seed, "per_round": per_round, **options}
         check_arguments(self._options)
         self._log = None if log is None else Path(log)
+        self.study: Study | None = None  # since the experiment began
         self._models: dict[Widths, ExecutableModelSpace] = {}  # NNI itself keeps weak references only
-        self._running: dict[Widths, ExecutableModelSpace] = {}
+        self._useless: set[Widths] = set()  # whose results are no numbers
 
     def _initialize(self, model_space: ExecutableModelSpace, engine: ExecutionEngine) -> ExecutableModelSpace:
         widths = _width_space(model_space)
@@ -79,59 +88,61 @@ class SearchStrategy(Strategy):
     def _run(self) -> None:
         while self.wait_for_resource():
             self._learn()
-            widths = self.study.propose()
+            widths = self._begun.propose()
             if widths is None:
                 break
-            model = self._frozen(widths)
-            self._models[widths] = self._running[widths] = model
+            self._models[widths] = model = self._frozen(widths)
             self.engine.submit_models(model)
         self.engine.wait_models()
         self._learn()
+        for widths in self._models:
+            if not self._begun.knows(widths):
+                _logger.warning("a trial without a result is left out: %s", dict(widths))
 
     def list_models(self, sort: bool = True, limit: int | None = None) -> Iterator[ExecutableModelSpace]:
-        """The networks that have results, best first; with `sort=False`, whatever was submitted."""
-        if not sort:
+        """The networks that have results, the best first; with `sort=False`, whatever was submitted."""
+        if not sort or self.study is None:
             yield from super().list_models(sort, limit)
             return
-        scores = self.study.scores
-        ranked = sorted(scores, key=scores.__getitem__, reverse=True)
-        if ranked:
-            best = self.study.best()
-            ranked = [best, *(widths for widths in ranked if widths != best)]
-        for widths in ranked[:limit]:
+        for widths in self.study.ranked()[:limit]:
             yield self._models.get(widths) or self._trained(widths)
 
     def state_dict(self) -> dict[str, Any]:
-        """All results."""
-        return {"results": [(dict(widths), score) for widths, score in self.study.scores.items()]}
+        """All proposals, with their results."""
+        if self.study is None:
+            return {}
+        self._learn()
+        return self.study.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on from these results."""
-        for widths, score in state_dict["results"]:
-            if Widths(widths) not in self.study.scores:
-                self.study.learn(widths, score)
+        """Goes on from there, or from the log, which has all results that arrived."""
+        self._begun.load_state_dict(state_dict)
+
+    @property
+    def _begun(self) -> Study:
+        if self.study is None:
+            raise RuntimeError("the strategy has not been initialized")
+        return self.study
 
     def _learn(self) -> None:
-        for widths, model in list(self._running.items()):
-            if model.metric is not None:
-                del self._running[widths]
+        """Takes the results that have arrived; a trial's end says nothing, as NNI may name another's."""
+        for widths, model in self._models.items():
+            if model.metric is not None and not self._begun.knows(widths) and widths not in self._useless:
                 value = model.metric
                 try:
-                    self.study.learn(widths, value.get("default") if isinstance(value, Mapping) else value)
+                    self._begun.learn(widths, value.get("default") if isinstance(value, Mapping) else value)
                 except TrainingError as error:
+                    self._useless.add(widths)
                     _logger.error("a result is left out: %s", error)
-            elif model.status.completed():
-                del self._running[widths]
-                _logger.warning("a trial without a result is left out: %s", dict(widths))
 
     def _frozen(self, widths: Widths) -> ExecutableModelSpace:
-        return self.model_space.freeze(sample_of(self.study.problem.space, widths))
+        return self.model_space.freeze(sample_of(self._begun.problem.space, widths))
 
     def _trained(self, widths: Widths) -> ExecutableModelSpace:
         """A network of an earlier run."""
         model = self._frozen(widths)
         model.status = ModelStatus.Trained
-        model.metrics.final = self.study.scores[widths]
+        model.metrics.final = self._begun.scores[widths]
         return model
 
 
@@ -158,19 +169,24 @@ class EvolutionStrategy(SearchStrategy):
 class ArchitectureStrategy(OneShotStrategy):
     """Weights and widths trained together, by the experiment's Lightning evaluator: one long trial.
 
-    `export_top_models` gives the network that the method decided on; as an instance, with the weights of the
-    training. `NasExperiment` runs it with the raw model format and the sequential engine, which it takes by
-    default; its `resume` goes on from the evaluator's last checkpoint, if its Trainer writes any.
+    `NasExperiment` runs it with the raw model format and the sequential engine, which it takes by default.
+    `export_top_models` gives the network that the method decided on: as an instance with the channels and
+    weights of the training, whose BatchNorm statistics are those of many widths, so train it further or
+    estimate them anew; as a dict, its widths alone.
+
+    A killed experiment's `resume` goes on from the last checkpoint of the evaluator's Trainer, if that has a
+    `ModelCheckpoint(dirpath, save_last=True)`. Lightning unpickles it: NNI's modules keep classes in it.
 
     Args:
         second: Batches for the steps on the architecture. Default, for the methods that want data of their
             own: the evaluator's validation batches, as NNI's own differentiable strategies do, so that its
-            validation metric is no measure of what comes out.
+            validation metric is no measure of what comes out; without any, the second half of each batch.
         lr: Learning rate of the architecture; see the method's search for the default.
         seed: Of everything random in the search.
 
     Raises:
         ConfigError: An evaluator that gives no access to its training, or one without an end.
+        TrainingError: The training failed.
     """
 
     bilevel: ClassVar[bool]
@@ -179,10 +195,12 @@ class ArchitectureStrategy(OneShotStrategy):
         self, *, second: Iterable[Any] | None = None, lr: float | None = None, seed: int = 0
     ) -> None:
         check_architecture(lr=lr)
+        check_second(second)
         super().__init__()
         self.second = second
         self.lr = lr
         self.seed = seed
+        self.widths: Widths | None = None  # since the training ended
 
     @abstractmethod
     def _search(self, space: WidthModelSpace, steps: int) -> ArchitectureSearch: ...
@@ -193,46 +211,66 @@ class ArchitectureStrategy(OneShotStrategy):
 
     def mutate_evaluator(self, evaluator: Any) -> Lightning:
         """NNI's hook; the evaluator is taken as it is, and its training step patched while it runs."""
+        name = type(self).__name__
         if not isinstance(evaluator, Lightning):
             raise ConfigError(
-                f"{type(self).__name__} trains weights and widths together, and a {type(evaluator).__name__} "
-                "gives no access to its training: use a Lightning evaluator (nni.nas.evaluator.pytorch), or "
+                f"{name} trains weights and widths together, and a {type(evaluator).__name__} gives no "
+                "access to its training: use a Lightning evaluator (nni.nas.evaluator.pytorch), or "
                 "DBSStrategy, which runs trials"
             )
         if evaluator.is_mutable():
-            raise ConfigError(
-                f"{type(self).__name__} chooses widths only: fix the choices of the evaluator's arguments"
-            )
+            raise ConfigError(f"{name} chooses widths only: fix the choices of the evaluator's arguments")
+        if evaluator.datamodule is None and evaluator.train_dataloaders is None and evaluator.val_dataloaders:
+            raise ConfigError(f"{name} trains, and the evaluator has validation batches only")
+        if evaluator.trainer.state.finished:
+            raise ConfigError("the evaluator's Trainer has ended a training already: make a new one")
         return evaluator
 
     def _run(self) -> None:
         space: WidthModelSpace = self.supernet
         evaluator = self._mutated_model_space.evaluator
-        training = _Training(lambda steps: self._search(space, steps), self._second(evaluator), space)
+        training = _Training(lambda steps: self._search(space, steps), space, lambda: self._second(evaluator))
         evaluator.trainer.callbacks.append(training)
         try:
             super()._run()
         finally:
             evaluator.trainer.callbacks.remove(training)
-            training.restore()
-        if training.step is None or not training.step.search.log:
-            raise ConfigError(
-                "the training ended before the architecture was trained: give the Trainer more epochs"
-            )
+            training.patches.close()
+        if self._mutated_model_space.status != ModelStatus.Trained:
+            raise TrainingError("the training failed, and the engine went on: its log says why")
+        assert training.step is not None
         self.search = training.step.search
         self.widths = self.search.networks(1)[0]
         space.order = self.search.settle(self.widths)
 
     def list_models(self, sort: bool = True, limit: int | None = 1) -> Iterator[RawFormatModelSpace]:
         """The network that the method decided on, alone."""
+        if self.widths is None:
+            raise RuntimeError("the strategy has not been run")
         yield self.model_space.freeze(sample_of(self.supernet.widths, self.widths))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on from the checkpoint that the state names, or else from the last one."""
+        evaluator = self._mutated_model_space.evaluator
+        last = _last_checkpoint(evaluator.trainer)
+        super().load_state_dict({"ckpt_path": last, **state_dict} if last else state_dict)
+        if "weights_only" in inspect.signature(evaluator.trainer.fit).parameters:
+            evaluator.fit_kwargs.setdefault("weights_only", False)
 
     def _second(self, evaluator: Lightning) -> Iterable[Any] | None:
         if self.second is not None or not self.bilevel:
             return self.second
-        if evaluator.datamodule is not None:
-            return _FromDataModule(evaluator.datamodule)
-        return evaluator.val_dataloaders
+        loaders = evaluator.val_dataloaders
+        for owner in (evaluator.datamodule, evaluator.module):
+            if loaders is None and owner is not None and is_overridden("val_dataloader", owner):
+                loaders = owner.val_dataloader()
+        if isinstance(loaders, (list, tuple)):
+            if len(loaders) > 1:
+                raise ConfigError(
+                    "the evaluator has several validation loaders: give second= the batches to take"
+                )
+            loaders = loaders[0] if loaders else None
+        return loaders
 
 
 class DMCPStrategy(ArchitectureStrategy):
@@ -321,55 +359,72 @@ class _Training(pl.Callback):
     def __init__(
         self,
         begin: Callable[[int], ArchitectureSearch],
-        second: Iterable[Any] | None,
         space: WidthModelSpace,
+        second: Callable[[], Iterable[Any] | None],
     ) -> None:
         self.begin = begin
-        self.second = second
         self.space = space
+        self.second = second
         self.step: BilevelStep | None = None
+        self.saved: dict[str, Any] = {}
         self.patches = ExitStack()
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.step is not None or stage != "fit":
-            return
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.saved = state_dict  # Lightning has it before the data's length is known
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization:
             raise ConfigError(
                 "several networks share one backward pass: remove automatic_optimization = False"
             )
-        steps = trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
+        steps = _steps(trainer)
+        self.space.train()  # Lightning >= 2.2 trains in the mode it finds
+        search = self.begin(steps)
+        if not any(search.due(taken, taken / steps) for taken in range(steps)):
             raise ConfigError(
-                "schedules run over the whole training: give the Trainer max_epochs or max_steps"
+                f"none of the training's {steps} steps would train the architecture: give the Trainer more "
+                "epochs"
             )
-        pl_module.train()  # Lightning >= 2.2 trains in the mode it finds
-        search = self.begin(int(steps))
-        # The evaluator's optimizer finds there what the search trains beside the model.
-        self.space.extend_with(search.parameters)
-        calls = int(steps) * trainer.accumulate_grad_batches
-        self.step = BilevelStep(search, pl_module.training_step, calls, second=self.second)
+        _train_too(search.parameters.values(), trainer, self.space)
+        self.step = BilevelStep(search, pl_module.training_step, steps, second=self.second())
+        if self.saved:
+            self.step.load_state_dict(self.saved)
         self.patches.enter_context(patched_step(pl_module, "training_step", self.step))
-
-    def restore(self) -> None:
-        self.patches.close()
-        self.space.extend_with({})
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.step is None else self.step.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        assert self.step is not None
-        self.step.load_state_dict(state_dict)
+
+def _steps(trainer: pl.Trainer) -> int:
+    """How often a Trainer will call the training step."""
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ConfigError(
+            "schedules run over the whole training: give the Trainer max_epochs, or max_steps where the data "
+            "has no length"
+        )
+    calls = int(steps) * trainer.accumulate_grad_batches
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    return calls if epochs in (None, -1) or batches == math.inf else min(calls, int(batches) * epochs)
 
 
-class _FromDataModule:
-    """The validation batches of a data module, which has them only while it is trained."""
+def _train_too(parameters: Iterable[nn.Parameter], trainer: pl.Trainer, space: nn.Module) -> None:
+    """Lets the optimizer group that has a BatchNorm's parameters train these too."""
+    added = list(parameters)
+    norms = {id(p) for m in space.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if added:
+        home = next((g for g in groups if any(id(p) in norms for p in g["params"])), groups[0])
+        home["params"].extend(added)
 
-    def __init__(self, module: pl.LightningDataModule) -> None:
-        self.module = module
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.module.val_dataloader())
+def _last_checkpoint(trainer: pl.Trainer) -> str | None:
+    """The `last.ckpt` of a killed training, where its folder is known from the start."""
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
+        return None
+    path = Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}{callback.FILE_EXTENSION}"
+    return str(path) if path.exists() else None
 
 
 def _checked(space: Any) -> WidthModelSpace:

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,25 +179,31 @@ class WidthTuner(Tuner):
         NNI's records pair parameters with other trials' values. On resume only those are taken that carry
         their widths; the others are in the log.
         """
-        space = self.study.problem.space
         resumed, self._resumed = self._resumed, False
         for record in data:
-            value = record["value"]
+            value = record.get("value")
             widths = _carried(value)
-            if widths is None and not resumed:
-                widths = {**space.smallest(), **record["parameter"]}
-            if widths is not None and space.decode(space.encode(widths)) not in self.study.scores:
-                self._learn(widths, value, value.get("trial") if isinstance(value, Mapping) else None)
+            with _left_out():
+                if widths is None and not resumed:
+                    widths = self.study.problem.space.from_nni(record.get("parameter") or {})
+                if widths is not None and not self.study.knows(widths):
+                    self._learn(widths, value, value.get("trial") if isinstance(value, Mapping) else None)
 
     def _learn(self, widths: Mapping[str, int], value: Any, trial: str | None) -> None:
-        from nni_dbs.errors import TrainingError
-        from torch_pruning_adapters import WidthError
+        with _left_out():
+            self.study.learn(widths, value.get("default") if isinstance(value, Mapping) else value, trial)
 
-        score = value.get("default") if isinstance(value, Mapping) else value
-        try:
-            self.study.learn(widths, score, trial)
-        except (TrainingError, WidthError) as error:
-            _logger.error("a result is left out: %s", error)
+
+@contextlib.contextmanager
+def _left_out() -> Iterator[None]:
+    """Leaves out a result that is none, or is of another model, and says so in dispatcher.log."""
+    from nni_dbs.errors import TrainingError
+    from torch_pruning_adapters import WidthError
+
+    try:
+        yield
+    except (TrainingError, WidthError) as error:
+        _logger.error("a result is left out: %s", error)
 
 
 class WidthTunerValidator(ClassArgsValidator):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -16,14 +15,15 @@ import torch
 from nni.mutable import SampleValidationError
 from nni.nas.evaluator import FunctionalEvaluator
 from nni.nas.evaluator.pytorch import ClassificationModule, DataLoader, Lightning, Trainer
-from nni.nas.execution import SequentialExecutionEngine
+from nni.nas.execution import ExecutionEngine, SequentialExecutionEngine
+from nni.nas.execution.event import FinalMetricEvent, TrainingEndEvent
 from nni.nas.experiment import NasExperiment
 from nni.nas.experiment.config import NasExperimentConfig
 from nni.nas.nn.pytorch import ModelSpace
-from nni.nas.space import RawFormatModelSpace, SimplifiedModelSpace, model_context
+from nni.nas.space import ModelStatus, RawFormatModelSpace, SimplifiedModelSpace, model_context
 from nni.nas.strategy import TPE, Random, RegularizedEvolution, Strategy
 from nni.nas.strategy.middleware import Chain, Filter
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningDataModule
 from pytorch_lightning.callbacks import ModelCheckpoint
 from safetensors.torch import save_model
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torch.utils.data import TensorDataset
 import nni_dbs
 from nni_dbs import DBSStrategy, DMCPStrategy, DSAStrategy, EvolutionStrategy, TASStrategy, Widths
 from nni_dbs import WidthModelSpace as Space
-from nni_dbs.errors import BudgetError, ConfigError, ModelError, ResultError
+from nni_dbs.errors import BudgetError, ConfigError, ModelError, ResultError, TrainingError
 from nni_dbs.models import build_model
 from nni_dbs.plugin.experiment import loopback
 from nni_dbs.plugin.nas import sample_of
@@ -169,13 +169,19 @@ def evaluator(widths: Space, scored: Scored, score: Callable[[Widths], Any] = qu
 
 
 def experiment(
-    folder: Path, widths: Space, evaluator: Any, strategy: Strategy, number: int = 8, form: str = "raw"
+    folder: Path,
+    widths: Space,
+    evaluator: Any,
+    strategy: Strategy,
+    number: int = 8,
+    form: str = "raw",
+    first: str | None = None,
 ) -> NasExperiment:
     config = NasExperimentConfig("sequential", form, "local")
     config.max_trial_number = number
     config.experiment_working_directory = folder
     config.execution_engine.continue_on_failure = True
-    return NasExperiment(widths, evaluator, strategy, config)
+    return NasExperiment(widths, evaluator, strategy, config, id=first)
 
 
 def run(done: NasExperiment) -> NasExperiment:
@@ -198,59 +204,104 @@ def test_trials_are_different_networks_that_fill_the_budget(
     assert all(widths.bounds.fits(network) for network in networks)
     assert strategy.study.scores == dict(scored)
     samples = done.export_top_models(8, formatter="dict")
-    assert samples[0] == sample_of(widths.widths, strategy.study.best())
-    ranked = sorted(scored, key=lambda pair: pair[1], reverse=True)
-    others = [sample_of(widths.widths, network) for network, _ in ranked]
-    assert [s for s in others if s != samples[0]] == samples[1:]
+    assert samples == [sample_of(widths.widths, network) for network in strategy.study.ranked()]
+    assert samples[0] == sample_of(widths.widths, strategy.study.best()) and len(samples) == 8
     (best,) = done.export_top_models(1, formatter="instance")
     assert torch.equal(outputs(best), outputs(widths.freeze(samples[0]))) or form == "simplified"
 
 
+@pytest.mark.parametrize("logged", [False, True])
 @pytest.mark.parametrize("search", SEARCHES)
-def test_a_checkpoint_goes_on_with_other_networks(
-    search: Callable[..., SearchStrategy], tmp_path: Path, scored: Scored
+def test_a_resumed_experiment_goes_on_as_if_nothing_had_happened(
+    search: Callable[..., SearchStrategy], logged: bool, tmp_path: Path, scored: Scored
 ) -> None:
     widths = space()
-    first = experiment(tmp_path, widths, evaluator(widths, scored), search(), 4)
-    run(first)
-    state = json.loads(json.dumps(first.strategy.state_dict()))
-    again: Scored = []
-    second = experiment(tmp_path, widths, evaluator(widths, again), search(), 4)
-    strategy = second.strategy
+    run(experiment(tmp_path, widths, evaluator(widths, whole := []), search(), 8))
 
-    def resumed(*args: Any) -> None:
-        type(strategy)._initialize(strategy, *args)
-        strategy.load_state_dict(state)
-
-    strategy._initialize = resumed
-    run(second)
-    assert strategy.study.scores == dict(scored + again)
-    assert len(strategy.study.scores) == 8
-    assert len(list(strategy.list_models())) == 8
-    best = next(strategy.list_models())
-    assert best.metric == strategy.study.scores[strategy.study.best()]
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_a_log_survives_a_killed_experiment(
-    search: Callable[..., SearchStrategy], tmp_path: Path, scored: Scored
-) -> None:
-    widths, log = space(), tmp_path / "search.jsonl"
-
-    def until_the_third(network: Widths) -> float:
-        if len(scored) == 3:
+    def until_the_fifth(network: Widths) -> float:
+        if len(scored) == 4:
             raise KeyboardInterrupt
         return quality(network)
 
-    interrupted = experiment(tmp_path, widths, evaluator(widths, scored, until_the_third), search(log=log))
+    options = {"log": tmp_path / "search.jsonl"} if logged else {}
+    first = experiment(tmp_path, widths, evaluator(widths, scored, until_the_fifth), search(**options))
     with pytest.raises(KeyboardInterrupt):
-        run(interrupted)
-    known = {Widths(line["widths"]): line["score"] for line in load_search(log)}
-    assert known == dict(scored[: len(known)]) and len(known) >= 2
+        run(first)
+    assert scored == whole[:4]
     again: Scored = []
-    run(experiment(tmp_path, widths, evaluator(widths, again), search(log=log), 4))
-    assert not known.keys() & dict(again).keys()
-    assert len(load_search(log)) == len(known) + 4
+    second = experiment(tmp_path, widths, evaluator(widths, again), search(**options), 9, first=first.id)
+    try:
+        second.resume()
+    finally:
+        second.stop()
+    assert again == whole[4:]
+    assert second.strategy.study.scores == dict(whole)
+    assert [m.metric for m in second.strategy.list_models()] == [
+        dict(whole)[network] for network in second.strategy.study.ranked()
+    ]
+    if logged:
+        assert {Widths(line["widths"]): line["score"] for line in load_search(options["log"])} == dict(whole)
+
+
+def test_networks_of_a_log_that_are_over_the_budget_are_not_exported(tmp_path: Path, scored: Scored) -> None:
+    wide, log = space(budget=1.0), tmp_path / "search.jsonl"
+    run(experiment(tmp_path, wide, evaluator(wide, scored), EvolutionStrategy(log=log), 3))
+    narrow = space(budget=0.4)
+    strategy = EvolutionStrategy(log=log)
+    run(experiment(tmp_path, narrow, evaluator(narrow, scored), strategy, 3))
+    assert len(list(strategy.list_models())) == 3
+    assert all(narrow.fits(model) for model in strategy.list_models())
+
+
+class Swapping(ExecutionEngine):
+    """Two workers; the end of each trial is told as the other's, as NNI's local service may."""
+
+    def __init__(self, widths: Space, number: int) -> None:
+        super().__init__()
+        self.widths, self.number = widths, number
+        self.submitted: list[Any] = []
+        self.running: list[Any] = []
+
+    def submit_models(self, *models: Any) -> None:
+        for model in models:
+            model.status = ModelStatus.Training
+            self.submitted.append(model)
+            self.running.append(model)
+
+    def idle_worker_available(self) -> bool:
+        if len(self.running) == 2:
+            self.end(self.running[0], ended=self.running[1])
+        return True
+
+    def end(self, model: Any, ended: Any) -> None:
+        network = self.widths.widths.from_nni(model.sample)
+        self.dispatch_model_event(TrainingEndEvent(ended, ModelStatus.Trained))
+        self.idle_worker_available_after(model)
+        self.dispatch_model_event(FinalMetricEvent(model, quality(network)))
+        self.running.remove(model)
+
+    def idle_worker_available_after(self, model: Any) -> None:
+        """A proposal may be asked for between the two messages."""
+
+    def budget_available(self) -> bool:
+        return len(self.submitted) < self.number
+
+    def wait_models(self, *models: Any) -> None:
+        while self.running:
+            self.end(self.running[0], ended=self.running[-1])
+
+    def list_models(self, status: Any = None) -> list[Any]:
+        return self.submitted
+
+
+def test_a_trials_end_that_names_another_trial_loses_no_result(tmp_path: Path) -> None:
+    widths = space()
+    strategy, engine = EvolutionStrategy(initial=3), Swapping(widths, 7)
+    engine.idle_worker_available_after = lambda model: strategy._learn()  # type: ignore[method-assign]
+    strategy(SimplifiedModelSpace.from_model(widths, FunctionalEvaluator(quality)), engine)
+    networks = [widths.widths.from_nni(model.sample) for model in engine.submitted]
+    assert strategy.study is not None
+    assert strategy.study.scores == {network: quality(network) for network in networks} and len(networks) == 7
 
 
 def test_the_same_seed_gives_the_same_trials(tmp_path: Path, scored: Scored) -> None:
@@ -327,6 +378,11 @@ def test_evaluators_with_choices_and_other_spaces_are_refused(tmp_path: Path, sc
         run(experiment(tmp_path, Other(), FunctionalEvaluator(quality), DBSStrategy()))
     with pytest.raises(ConfigError, match="no option 'point'"):
         DBSStrategy(point=3)
+    for name, value in (("searcher", "random"), ("optimize_mode", "minimize"), ("resumed", True)):
+        with pytest.raises(ConfigError, match=f"no option '{name}'"):
+            EvolutionStrategy(**{name: value})
+    with pytest.raises(RuntimeError, match="has not been run"):
+        list(DBSStrategy().list_models())
 
 
 CODE = """
@@ -452,48 +508,146 @@ class Stop(Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
         if trainer.current_epoch == 2 and number == 3:
-            raise RuntimeError("killed")
+            raise KilledError
 
 
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["stopped", "killed"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_training_resumes_to_the_same_network(
-    method: type[ArchitectureStrategy], tmp_path: Path, free_port: int
+def test_an_interrupted_training_resumes_to_the_same_network(
+    method: type[ArchitectureStrategy], told: bool, tmp_path: Path, free_port: int
 ) -> None:
-    def saving(folder: str) -> ModelCheckpoint:
-        return ModelCheckpoint(tmp_path / folder, save_last=True, save_top_k=0)
+    def trained(folder: str, *callbacks: Callback, first: str | None = None) -> NasExperiment:
+        saving = ModelCheckpoint(tmp_path / folder, save_last=True)
+        fitted = lightning(tmp_path, 3, [saving, *callbacks])
+        config = NasExperimentConfig("sequential", "raw", "local")
+        config.experiment_working_directory = tmp_path
+        return NasExperiment(seeded(), fitted, method(seed=1), config, id=first)
 
-    def strategy_of(evaluator: Lightning, state: dict[str, Any] | None = None) -> ArchitectureStrategy:
-        strategy = method(seed=1)
-        raw = RawFormatModelSpace(seeded(), evaluator)
-        strategy.initialize(raw, SequentialExecutionEngine())
-        if state is not None:
-            strategy.load_state_dict(state)
-        strategy.run()
-        return strategy
+    whole = run(trained("whole"))
+    killed = trained("killed", Stop())
+    begun = killed.strategy.state_dict  # NNI writes it as the experiment begins, and as it ends
+    if not told:
+        killed.strategy.state_dict = dict
+    with pytest.raises(KilledError):
+        run(killed)
+    assert ("ckpt_path" in begun()) and (tmp_path / "killed" / "last.ckpt").exists()
+    resumed = trained("killed", first=killed.id)
+    try:
+        resumed.resume()
+    finally:
+        resumed.stop()
+    mine, other = resumed.strategy, whole.strategy
+    assert mine.search.log == other.search.log and len(mine.search.log) > 1
+    assert mine.widths == other.widths
+    assert torch.equal(outputs(mine.supernet.model), outputs(other.supernet.model))
 
-    whole = strategy_of(lightning(tmp_path, 3, [saving("whole")]))
-    killed = method(seed=1)
-    raw = RawFormatModelSpace(seeded(), lightning(tmp_path, 3, [saving("killed"), Stop()]))
-    killed.initialize(raw, SequentialExecutionEngine())
-    with pytest.raises(RuntimeError, match="killed"):
-        killed.run()
-    state = killed.state_dict()
-    resumed = strategy_of(lightning(tmp_path, 3, [saving("killed")]), state)
-    assert resumed.search.log == whole.search.log
-    assert resumed.widths == whole.widths
-    assert torch.equal(outputs(resumed.supernet.model), outputs(whole.supernet.model))
+
+def searched(fitted: Lightning, strategy: ArchitectureStrategy) -> ArchitectureStrategy:
+    strategy.initialize(RawFormatModelSpace(seeded(), fitted), SequentialExecutionEngine())
+    strategy.run()
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls"),
+    [
+        ({}, 16),
+        ({"accumulate_grad_batches": 3}, 16),
+        ({"max_epochs": -1, "max_steps": 8}, 8),
+        ({"max_epochs": -1, "max_steps": 8, "accumulate_grad_batches": 2}, 16),
+        ({"limit_train_batches": 4}, 8),
+    ],
+)
+def test_schedules_run_over_the_whole_training(
+    changes: dict[str, Any], calls: int, tmp_path: Path, free_port: int
+) -> None:
+    log = searched(lightning(tmp_path, **changes), TASStrategy()).search.log
+    assert [line["progress"] for line in log] == [i / calls for i in range(calls)]
+
+
+class Data(LightningDataModule):
+    """Data that is there only once a training begins."""
+
+    def setup(self, stage: str) -> None:
+        self.train, self.val = data(128, 0), data(48, 1)
+
+    def train_dataloader(self) -> Any:
+        return self.train
+
+    def val_dataloader(self) -> Any:
+        return [self.val]
+
+
+class Own(ClassificationModule):
+    """A module with data, and an optimizer, of its own."""
+
+    def setup(self, stage: str) -> None:
+        self.data = Data()
+        self.data.setup(stage)
+
+    def train_dataloader(self) -> Any:
+        return self.data.train
+
+    def val_dataloader(self) -> Any:
+        return self.data.val
+
+    def configure_optimizers(self) -> Any:
+        weights = [p for p in self.model.model.parameters() if p.dim() > 1]
+        norms = [p for p in self.model.model.parameters() if p.dim() == 1]
+        return torch.optim.Adam([{"params": weights}, {"params": norms}], 0.01)
+
+
+def test_batches_may_come_from_anywhere(tmp_path: Path, free_port: int) -> None:
+    given = lightning(tmp_path)
+    others = [
+        Lightning(lightning(tmp_path).module, lightning(tmp_path).trainer, datamodule=Data()),
+        Lightning(Own(num_classes=10), lightning(tmp_path).trainer),
+    ]
+    listed = lightning(tmp_path)
+    listed.val_dataloaders = [listed.val_dataloaders]
+    found = searched(given, DSAStrategy(seed=1))
+    for fitted in (others[0], listed):
+        again = searched(fitted, DSAStrategy(seed=1))
+        assert again.search.log == found.search.log and again.widths == found.widths
+    own = searched(others[1], TASStrategy())
+    step = own.search
+    begun = [torch.ones(()), torch.zeros(())]
+    assert all(not any(torch.equal(p, b.expand_as(p)) for b in begun) for p in step.parameters.values())
 
 
 def test_evaluators_that_give_no_training_are_refused(tmp_path: Path, free_port: int) -> None:
-    with pytest.raises(ConfigError, match="a FunctionalEvaluator gives no access to its training"):
-        run(NasExperiment(space(), FunctionalEvaluator(quality), DMCPStrategy()))
-    with pytest.raises(ConfigError, match="give the Trainer max_epochs or max_steps"):
-        run(NasExperiment(space(), lightning(tmp_path, -1), DMCPStrategy()))
-    with pytest.raises(ConfigError, match="ended before the architecture was trained"):
-        run(NasExperiment(space(), lightning(tmp_path), DSAStrategy(warmup=0.95)))
+    def refused(fitted: Any, message: str, strategy: ArchitectureStrategy | None = None) -> None:
+        with pytest.raises(ConfigError, match=message):
+            searched(fitted, strategy or TASStrategy())
+
+    refused(FunctionalEvaluator(quality), "a FunctionalEvaluator gives no access to its training")
+    refused(lightning(tmp_path, -1), "give the Trainer max_epochs, or max_steps")
+    refused(lightning(tmp_path), "none of the training's 16 steps", DSAStrategy(warmup=0.95))
     by_hand = lightning(tmp_path)
     by_hand.module.automatic_optimization = False
-    with pytest.raises(ConfigError, match="remove automatic_optimization = False"):
-        run(NasExperiment(space(), by_hand, DMCPStrategy()))
+    refused(by_hand, "remove automatic_optimization = False")
+    only = lightning(tmp_path)
+    only.train_dataloaders = None
+    refused(only, "validation batches only")
+    several = lightning(tmp_path)
+    several.val_dataloaders = [data(16, 1), data(16, 2)]
+    refused(several, "give second= the batches to take")
+    searched(used := lightning(tmp_path), TASStrategy())
+    refused(used, "make a new one")
     with pytest.raises(ConfigError, match="lr must be positive"):
         DSAStrategy(lr=0)
+    with pytest.raises(ConfigError, match="wrap a data set in a DataLoader"):
+        DSAStrategy(second=data(4, 0).dataset)
+
+
+def test_a_failed_training_exports_nothing(tmp_path: Path, scored: Scored) -> None:
+    fitted = lightning(tmp_path, 3, [ModelCheckpoint(tmp_path), Stop()])
+    failing = experiment(tmp_path, seeded(), fitted, DMCPStrategy())
+    with pytest.raises(TrainingError, match="the training failed"):
+        run(failing)
+    with pytest.raises(RuntimeError, match="has not been run"):
+        failing.export_top_models()

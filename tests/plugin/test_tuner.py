@@ -193,9 +193,17 @@ def test_what_a_user_imports_is_learnt(
     (trial,) = manager.request(1)
     own = {"parameter": trial["parameters"], "value": 7.0}
     foreign = {"parameter": {"conv9": 3}, "value": 1.0}
-    manager.dispatcher.process_command(CommandType.ImportData, [foreign, own])
+    group = next(iter(trial["parameters"]))
+    strange = [
+        {"parameter": {**trial["parameters"], group: "x"}, "value": 2.0},
+        {"parameter": {**trial["parameters"], group: 3}, "value": 2.0},
+        {"parameter": {group: 16}, "value": 2.0},
+        {"value": 2.0},
+        {"parameter": {}, "value": {"default": 2.0, "widths": {group: "wide"}}},
+    ]
+    manager.dispatcher.process_command(CommandType.ImportData, [foreign, *strange, own])
     assert list(manager.tuner.study.scores.values()) == [7.0]
-    assert "conv9" in caplog.text
+    assert caplog.text.count("of another search space") >= 3
 
 
 def test_the_log_is_in_nnis_checkpoint_directory_by_default(
