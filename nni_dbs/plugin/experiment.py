@@ -12,14 +12,16 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import nni
+import requests
 import yaml
 from nni.experiment import Experiment
 from nni.experiment.config import CustomAlgorithmConfig, ExperimentConfig
+from requests import RequestException
 from safetensors.torch import save_model
 from torch import nn
 from tqdm import tqdm
@@ -35,6 +37,7 @@ from nni_dbs.problem import Problem
 from nni_dbs.result import load_search
 
 _POLL = 1.0  # seconds
+_TIMEOUT = 20.0
 _TUNER = "nni_dbs.plugin.tuner.WidthTuner"
 
 
@@ -130,6 +133,11 @@ def check_experiment(config: Config) -> None:
     service = config.experiment.service
     if not isinstance(service.get("platform"), str):
         raise ConfigError("experiment.service: name its platform, such as {platform: local}")
+    if service["platform"] == "remote" and not {"nniManagerIp", "nni_manager_ip"} & service.keys():
+        raise ConfigError(
+            "experiment.service: give nniManagerIp, the address of this machine as the others see it "
+            "(NNI itself would tell them localhost)"
+        )
     try:
         described = ExperimentConfig(
             search_space={},
@@ -147,7 +155,8 @@ def check_experiment(config: Config) -> None:
 def run_experiment(described: ExperimentConfig, port: int, log: Path, quiet: bool = False) -> None:
     """Runs an NNI experiment to its end and stops its manager, whatever happens.
 
-    On the local training service the manager listens on the loopback address only.
+    On the local training service, and where `nniManagerIp` is 127.0.0.1, the manager listens on the loopback
+    address only.
 
     Args:
         described: The experiment.
@@ -165,8 +174,7 @@ def run_experiment(described: ExperimentConfig, port: int, log: Path, quiet: boo
     before, trials = len(load_search(log)), described.max_trial_number
     experiment = Experiment(described)
     root = Path(described.experiment_working_directory) / experiment.id
-    local = getattr(described.training_service, "platform", None) == "local"
-    with loopback() if local else nullcontext():
+    with loopback() if _stays_here(described) else nullcontext():
         try:
             experiment.start(port)
         except Exception as error:
@@ -176,10 +184,17 @@ def run_experiment(described: ExperimentConfig, port: int, log: Path, quiet: boo
             while not _finished(experiment, root):
                 time.sleep(_POLL)
                 bar.update(len(load_search(log)) - before - bar.n)
+        if len(load_search(log)) == before:
+            raise TrainingError(f"none of the {trials} trials had a result: {_trials_reason(experiment)}")
     finally:
         experiment.stop()
-    if len(load_search(log)) == before:
-        raise TrainingError(f"none of the {trials} trials had a result: {_trials_reason(root)}")
+
+
+def _stays_here(described: ExperimentConfig) -> bool:
+    """Whether nobody but this machine, or who has a tunnel to it, needs to reach NNI's manager."""
+    service = described.training_service
+    addresses = (described.nni_manager_ip, getattr(service, "nni_manager_ip", None))
+    return getattr(service, "platform", None) == "local" or "127.0.0.1" in addresses
 
 
 def check_port(port: int) -> None:
@@ -195,12 +210,23 @@ def check_port(port: int) -> None:
 def _finished(experiment: Experiment, root: Path) -> bool:
     if cause := _tuners_failure(root):
         raise TrainingError(cause)
-    status = experiment.get_status()
+    try:
+        status = experiment.get_status()
+    except RequestException:  # which it does not answer when it ends, such as where SSH fails
+        status = "ERROR"
     if status == "ERROR":
-        raise TrainingError(f"NNI stopped the experiment; its reason may be in {root / 'log'}")
+        raise TrainingError(f"NNI's manager stopped: {_managers_failure(root)}")
     if status == "TUNER_NO_MORE_TRIAL":  # which NNI itself waits in for ever
         return all(job.status not in ("WAITING", "RUNNING") for job in experiment.list_trial_jobs())
     return status in ("DONE", "STOPPED")
+
+
+def _managers_failure(root: Path) -> str:
+    """The first error that NNI's manager wrote down."""
+    log = root / "log" / "nnimanager.log"
+    lines = log.read_text().splitlines() if log.exists() else []
+    errors = [line.partition(" ERROR ")[2] for line in lines if " ERROR " in line]
+    return f"{errors[0] if errors else 'its log has no error'} (see {log})"
 
 
 def _tuners_failure(root: Path) -> str | None:
@@ -211,12 +237,15 @@ def _tuners_failure(root: Path) -> str | None:
     return f"{STOPPED}{causes[-1]} (see {log})" if causes else None
 
 
-def _trials_reason(root: Path) -> str:
-    """The last line of a failed trial's stderr."""
-    for path in sorted(root.glob("environments/*/trials/*/trial.stderr")):
-        if lines := path.read_text().strip().splitlines():
-            return f"{lines[-1]} (see {path})"
-    return f"their stderr is empty (see {root / 'environments'})"
+def _trials_reason(experiment: Experiment) -> str:
+    """The last line of a trial's stderr, wherever it ran, and where its files are."""
+    reasons = []
+    for job in experiment.list_trial_jobs():
+        url = f"http://localhost:{experiment.port}/api/v1/nni/trial-file/{job.trialJobId}/stderr"
+        with suppress(RequestException):
+            lines = requests.get(url, timeout=_TIMEOUT).text.strip().splitlines()
+            reasons.append(f"{lines[-1]} (see {job.logPath})")
+    return reasons[0] if reasons else "NNI cannot read their stderr"
 
 
 @contextmanager
