@@ -34,9 +34,9 @@ class Study:
     """Proposes networks, and learns their results in any order.
 
     Every result goes to the log as it arrives, and to `results.csv` beside it: a row for each network that
-    was proposed, whose score stays empty while, or if, there is none. (NNI asks for a network or two more than
-    it runs, where several trials end at once.) The log is all of the state: a study on the same log goes on,
-    and proposes nothing again that is in it.
+    was proposed, whose score stays empty while, or if, there is none. (NNI asks for a network or two more
+    than it runs, where several trials end at once.) The log is all of the state: a study on the same log
+    goes on, and proposes nothing again that is in it.
 
     Args:
         problem: What to search.
