@@ -328,7 +328,7 @@ def test_the_examples_are_experiments_that_nni_accepts(
     assert described.json()["trainingService"]["trialCommand"].startswith("python3 -m nni_dbs.plugin.trial")
     check_class_args(**described.tuner.class_args)
     assert described.tuner.name in NAMES
-    own = load_config(tmp_path / "examples" / "experiment" / "config.yaml")
+    own = load_config(tmp_path / "examples" / "experiment" / "digits.yaml")
     assert own.options["evaluations"] == described.max_trial_number
     assert own.options["points"] == described.tuner.class_args["points"]
 
