@@ -151,7 +151,7 @@ def edit_json(change: Callable[[Any], Any]) -> Callable[[Path], None]:
 def test_truncated_weights(tmp_path: Path, share: float) -> None:
     save(tmp_path)
     cut_short(tmp_path / "weights.safetensors", share)
-    with pytest.raises(ResultError, match=r"weights.safetensors is damaged.*export the model again"):
+    with pytest.raises(ResultError, match=r"weights.safetensors is damaged.*save the weights again"):
         load_pruned(tmp_path, make_net())
 
 
