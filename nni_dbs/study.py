@@ -118,7 +118,7 @@ class Study:
                 return widths
 
     def learn(self, widths: Mapping[str, int], score: Any, trial: str | None = None) -> None:
-        """Takes a result, also one of a network that was never proposed.
+        """Takes a result, also one of a network that was never proposed. The first one of a network counts.
 
         Args:
             widths: The network; groups that are missing have their full width.
@@ -135,6 +135,8 @@ class Study:
                 f"{who} reported {score!r}: report a finite number, or a dict whose 'default' is one"
             )
         network = self._complete(widths)
+        if network in self.scores:
+            return
         self._tell(self.searcher, network, score)
         stage = self.searcher.stage(network)
         if self.log is not None:

@@ -207,6 +207,16 @@ def test_an_interrupted_study_goes_on_as_if_it_were_not(
         assert [row["trial"] for row in rows] == trials
 
 
+def test_the_first_result_of_a_network_counts(tmp_path: Path) -> None:
+    study = Study(problem(), tmp_path / "log", searcher="random")
+    (widths,) = played(study, 1)
+    study.learn(widths, 1.0, trial="again")
+    assert study.scores == study.searcher.told == {widths: quality(widths)}
+    (row,) = rows_of(tmp_path / "results.csv")
+    assert float(row["score"]) == quality(widths) and row["trial"] == "t0"
+    assert len((tmp_path / "log").read_text().splitlines()) == 1
+
+
 def test_a_log_of_another_seed_or_a_larger_budget_is_known(tmp_path: Path) -> None:
     first = Study(problem(0.9), tmp_path / "log", searcher="random")
     known = played(first, 6)

@@ -186,7 +186,7 @@ class WidthTuner(Tuner):
             with _left_out():
                 if widths is None and not resumed:
                     widths = self.study.problem.space.from_nni(record.get("parameter") or {})
-                if widths is not None and not self.study.knows(widths):
+                if widths is not None:
                     self._learn(widths, value, value.get("trial") if isinstance(value, Mapping) else None)
 
     def _learn(self, widths: Mapping[str, int], value: Any, trial: str | None) -> None:
