@@ -112,9 +112,8 @@ def _config_and_out(options: argparse.Namespace) -> tuple[Config, Path]:
     from nni_dbs.config import load_config
 
     config = load_config(options.config, options.overrides)
-    return config, options.out or Path(
-        "runs"
-    ) / f"{Path(options.config).resolve().parent.name}-{config.method}"
+    name = Path(options.config).resolve().parent.name
+    return config, options.out or Path("runs") / f"{name}-{config.method}"
 
 
 def _prepare(options: argparse.Namespace) -> None:

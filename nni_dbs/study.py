@@ -145,10 +145,6 @@ class Study:
         self._pending.discard(network)
         self._write_rows()
 
-    def knows(self, widths: Mapping[str, int]) -> bool:
-        """Whether a network has a result; `widths` as for `learn`."""
-        return self._complete(widths) in self.scores
-
     def ranked(self) -> list[Widths]:
         """All networks inside of the budget that have results, the one to keep first."""
         return self.searcher.ranked() if self.searcher.told else []

@@ -295,17 +295,18 @@ def summary(runs: Sequence[dict[str, Any]], evaluations: Sequence[int]) -> list[
 
 
 @functools.cache
-def _table() -> Table:
+def shared_table() -> Table:
+    """The table, read once in each process."""
     one_thread()
     return Table(table_path())
 
 
 def _run(task: tuple[Any, ...]) -> dict[str, Any]:
-    return run(_table(), *task)
+    return run(shared_table(), *task)
 
 
 def _tau(task: tuple[Any, ...]) -> dict[str, Any]:
-    return tau(_table(), *task)
+    return tau(shared_table(), *task)
 
 
 def table_path() -> Path:

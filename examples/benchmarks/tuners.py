@@ -12,7 +12,6 @@ the best one measured inside of the budget.
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import os
 import random
@@ -33,7 +32,7 @@ from nni.algorithms.hpo.tpe_tuner import TpeTuner
 from nni.tuner import Tuner
 from tqdm import tqdm
 
-from examples.benchmarks.channel_bench import SHARES, Table, interval, table_path
+from examples.benchmarks.channel_bench import SHARES, Table, interval, shared_table, table_path
 from examples.benchmarks.measure import Row, arguments, one_thread, report
 from nni_dbs import Widths, WidthTuner
 from nni_dbs.cost import Bounds
@@ -160,14 +159,8 @@ def summary(runs: Sequence[dict[str, Any]], trials: Sequence[int], methods: Sequ
     return rows
 
 
-@functools.cache
-def _table() -> Table:
-    one_thread()
-    return Table(table_path())
-
-
 def _run(task: tuple[Any, ...]) -> dict[str, Any]:
-    return run(_table(), *task)
+    return run(shared_table(), *task)
 
 
 def measure(args: argparse.Namespace) -> list[Row]:

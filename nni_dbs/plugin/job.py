@@ -147,12 +147,12 @@ def experiment(
         resume: Continue a run that was interrupted; networks that its log has are not scored again.
         quiet: No progress bars.
     """
-    name = Path("run")
+    name = "run"
     if not isinstance(config, Config):
-        name = Path(config).resolve().parent
+        name = Path(config).resolve().parent.name
         config = load_config(config)
     config = dataclasses.replace(config, executor="nni")
-    out = Path(out) if out is not None else Path("runs") / f"{name.name}-{config.method}-nni"
+    out = Path(out) if out is not None else Path("runs") / f"{name}-{config.method}-nni"
     return prune(config, out, resume, quiet)
 
 

@@ -85,14 +85,11 @@ class WidthModelSpace(ModelSpace):
         model: str | Callable[..., nn.Module],
         input: Sequence[int],
         budget: Any,
-        arguments: dict[str, Any] | None = None,
-        weights: str | None = None,
-        min_ratio: float = 0.1,
-        divisor: int = 8,
-        ignore: Sequence[str] = (),
+        *args: Any,
+        **kwargs: Any,
     ) -> nn.Module:
         """What NNI makes of the constructor's arguments in a trial: one network of the space."""
-        full, widths = _built(model, input, arguments, weights, min_ratio, divisor, ignore)
+        full, widths = _built(model, input, *args, **kwargs)
         return shrink(full, widths.groups, _network(widths, sample))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,11 +118,11 @@ def _network(space: WidthSpace, sample: Mapping[str, Any]) -> Widths:
 def _built(
     model: str | Callable[..., nn.Module],
     input: Sequence[int],
-    arguments: dict[str, Any] | None,
-    weights: str | None,
-    min_ratio: float,
-    divisor: int,
-    ignore: Iterable[str],
+    arguments: dict[str, Any] | None = None,
+    weights: str | None = None,
+    min_ratio: float = 0.1,
+    divisor: int = 8,
+    ignore: Iterable[str] = (),
 ) -> tuple[nn.Module, WidthSpace]:
     built = model(**(arguments or {})) if callable(model) else build_model(model, arguments)
     if weights is not None:

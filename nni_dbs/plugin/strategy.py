@@ -96,7 +96,7 @@ class SearchStrategy(Strategy):
         self.engine.wait_models()
         self._learn()
         for widths in self._models:
-            if not self._begun.knows(widths):
+            if widths not in self._begun.scores:
                 _logger.warning("a trial without a result is left out: %s", dict(widths))
 
     def list_models(self, sort: bool = True, limit: int | None = None) -> Iterator[ExecutableModelSpace]:
@@ -127,7 +127,7 @@ class SearchStrategy(Strategy):
     def _learn(self) -> None:
         """Takes the results that have arrived; a trial's end says nothing, as NNI may name another's."""
         for widths, model in self._models.items():
-            if model.metric is not None and not self._begun.knows(widths) and widths not in self._useless:
+            if model.metric is not None and widths not in self._begun.scores and widths not in self._useless:
                 value = model.metric
                 try:
                     self._begun.learn(widths, value.get("default") if isinstance(value, Mapping) else value)

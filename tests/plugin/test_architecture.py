@@ -15,7 +15,7 @@ import torch
 from nni.compression import LightningEvaluator, TorchEvaluator
 from nni.compression.pruning import L1NormPruner
 from test_pruner import assert_same, parameter_count, state_of
-from test_train_supernet import KINDS, Classifier, Kind, make_data
+from test_train_supernet import KINDS, Classifier, Kind, installed, make_data
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -473,12 +473,7 @@ def test_depth_may_stay_as_it_is() -> None:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> Kind:
-    if request.param == "lightning":
-        pytest.importorskip("pytorch_lightning")
-    if request.param == "transformers":
-        pytest.importorskip("accelerate")
-        pytest.importorskip("transformers")
-    return KINDS[request.param]
+    return installed(request.param)
 
 
 def example_of(model: nn.Module) -> Any:

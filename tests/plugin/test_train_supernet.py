@@ -246,14 +246,19 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Kind:
-    if request.param == "lightning":
+def installed(name: str) -> Kind:
+    """One of `KINDS`, or a skip where its library is missing."""
+    if name == "lightning":
         pytest.importorskip("pytorch_lightning")
-    if request.param == "transformers":
+    if name == "transformers":
         pytest.importorskip("accelerate")
         pytest.importorskip("transformers")
-    return KINDS[request.param]
+    return KINDS[name]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return installed(request.param)
 
 
 def supernet_of(model: nn.Module) -> Supernet:
