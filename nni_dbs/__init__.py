@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from nni_dbs.plugin.job import experiment as experiment
     from nni_dbs.plugin.nas import WidthModelSpace as WidthModelSpace
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
-    from nni_dbs.plugin.searching import DBSPruner as DBSPruner
     from nni_dbs.plugin.searching import RandomPruner as RandomPruner
     from nni_dbs.plugin.strategy import DBSStrategy as DBSStrategy
     from nni_dbs.plugin.strategy import DMCPStrategy as DMCPStrategy
     from nni_dbs.plugin.strategy import DSAStrategy as DSAStrategy
     from nni_dbs.plugin.strategy import EvolutionStrategy as EvolutionStrategy
     from nni_dbs.plugin.strategy import TASStrategy as TASStrategy
+    from nni_dbs.plugin.supernets import DBSPruner as DBSPruner
     from nni_dbs.plugin.tuner import WidthTuner as WidthTuner
     from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
@@ -41,7 +41,7 @@ _MODULES = {
     "FlopsCost": "nni_dbs.cost",
     "ParamsCost": "nni_dbs.cost",
     "LatencyCost": "nni_dbs.latency",
-    "DBSPruner": "nni_dbs.plugin.searching",
+    "DBSPruner": "nni_dbs.plugin.supernets",
     "DMCPPruner": "nni_dbs.plugin.architecture",
     "DSAPruner": "nni_dbs.plugin.architecture",
     "TASPruner": "nni_dbs.plugin.architecture",

@@ -25,7 +25,7 @@ out; the other rules train all channels in every step.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
@@ -236,3 +236,16 @@ def _draw(cycles: Iterator[list[Widths]], per_step: int) -> Draws:
             left = [path for path in left if path not in fresh]
             drawn += fresh
         yield tuple(drawn)
+
+
+Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
+
+RULES: dict[str, Rule] = {
+    "spfs": lambda space, points, g, n: spfs(space, draw_paths(points, g, n)),
+    "spfs_options": lambda space, points, g, n: spfs(space, draw_options(space, g, n)),
+    "path_fair": lambda space, points, g, n: path_fair(draw_paths(points, g, n)),
+    "sandwich": lambda space, points, g, n: sandwich(space, g, n + 2),
+    "uniform": lambda space, points, g, n: uniform(space, g),
+    "parallel": lambda space, points, g, n: in_parallel(sandwich(space, g, n + 2)),
+}
+"""How a supernet can be trained: (space, starting points, generator, drawn networks a step) -> steps."""

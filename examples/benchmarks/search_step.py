@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from examples.benchmarks.measure import Row, arguments, collect, medians, one_thread, report
 from examples.cifar_resnet import resnet20
 from nni_dbs import Budget, FlopsCost, WidthSpace
-from nni_dbs.algorithms.dbs import RULES, DBSSearch
+from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.algorithms.dmcp import DMCPSearch
 from nni_dbs.algorithms.dsa import DSASearch
 from nni_dbs.algorithms.tas import TASSearch
@@ -29,6 +29,7 @@ from nni_dbs.algorithms.tas_supernet import TASSupernet
 from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
 from nni_dbs.cost import Bounds
 from nni_dbs.models import build_model
+from nni_dbs.sampling import RULES
 from nni_dbs.steps import PatchedStep, SupernetStep
 from nni_dbs.supernet import Supernet
 from nni_dbs.training import Batch, training_step

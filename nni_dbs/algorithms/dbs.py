@@ -13,7 +13,7 @@ the final choice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,21 +25,8 @@ from nni_dbs.errors import ConfigError
 from nni_dbs.pool import draw, starting_points
 from nni_dbs.predict import FEWEST, TransformerPredictor, budget_excess, kendall_tau, posterior
 from nni_dbs.projection import project_batch
-from nni_dbs.sampling import Step, draw_options, draw_paths, path_fair, sandwich, spfs, uniform
 from nni_dbs.search import Searcher
 from nni_dbs.space import Widths, WidthSpace
-
-Rule = Callable[[WidthSpace, Sequence[Widths], torch.Generator, int], Iterator[Step]]
-
-RULES: dict[str, Rule] = {
-    "spfs": lambda space, points, g, n: spfs(space, draw_paths(points, g, n)),
-    "spfs_options": lambda space, points, g, n: spfs(space, draw_options(space, g, n)),
-    "path_fair": lambda space, points, g, n: path_fair(draw_paths(points, g, n)),
-    "sandwich": lambda space, points, g, n: sandwich(space, g, n + 2),
-    "uniform": lambda space, points, g, n: uniform(space, g),
-}
-"""How the starting points' supernet can be trained: (space, points, generator, paths a step) -> steps."""
-
 
 _POLISH = 3  # rounds of looking around what the gradient found, by the predictor
 _AROUND = 8  # networks of such a round

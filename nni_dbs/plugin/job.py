@@ -30,7 +30,8 @@ from nni_dbs.models import build_model
 from nni_dbs.plugin.architecture import ArchitecturePruner, DMCPPruner, DSAPruner, TASPruner
 from nni_dbs.plugin.experiment import NNIExecutor
 from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
-from nni_dbs.plugin.searching import DBSPruner, Executor, RandomPruner, SearchPruner
+from nni_dbs.plugin.searching import Executor, RandomPruner, SearchPruner
+from nni_dbs.plugin.supernets import DBSPruner
 from nni_dbs.report import Row, write_pictures, write_report
 from nni_dbs.result import (
     load_groups,

@@ -8,23 +8,18 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from nni.compression.utils.evaluator import Evaluator
 from torch import nn
 from tqdm import tqdm
 
-from nni_dbs.algorithms.dbs import RULES, DBSSearch
 from nni_dbs.errors import ConfigError, ResultError, TrainingError
-from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score, train_supernet
+from nni_dbs.plugin.evaluator import recalibrate_batchnorm, score
 from nni_dbs.plugin.pruner import LATENCY_TRIES, WidthPruner
-from nni_dbs.predict import TransformerPredictor
 from nni_dbs.projection import leaves_room
 from nni_dbs.result import append_search, load_search
 from nni_dbs.search import RandomSearch, Searcher
 from nni_dbs.space import Widths
-from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import shrink
-from torch_pruning_adapters.errors import nearest
 
 Executor = Callable[["SearchPruner", nn.Module], None]
 
@@ -248,137 +243,3 @@ class RandomPruner(SearchPruner):
 
     def tuner_arguments(self) -> dict[str, Any]:
         return {"searcher": "random", "seed": self.seed, "per_round": self.per_round}
-
-
-class DBSPruner(SearchPruner):
-    """DBS: differentiable budget-aware search of the widths, in a supernet of the user's own model.
-
-    The method of choice: `compress(max_steps, max_epochs)` draws starting points near the budget, trains the
-    model as a supernet of them for that long through the evaluator (by the strict path-wise fair sandwich
-    rule), evaluates them, and goes on in rounds: a Transformer predictor is fitted to all evaluations and
-    frozen, widths are optimised by gradient through it under the budget, and the most promising networks are
-    evaluated in turn. What is kept is chosen by the predictor fitted to all measurements.
-
-    `compress(max_steps=0)` trains nothing: for a model that was trained as a supernet before, or for few
-    evaluations of a pretrained one. The model keeps the supernet's weights: train what `export` gives,
-    or train it inside of the full one (`Slimmable`).
-
-    Sources and reconstructions: `nni_dbs.algorithms.dbs`.
-
-    Args:
-        points: Starting points; about a thousand at ImageNet's scale.
-        evaluations: Networks to evaluate altogether, the starting points included.
-        per_round: Networks of a round after them.
-        rule: Training rule of the supernet: spfs or path_fair train the starting points; spfs_options,
-            sandwich and uniform networks of the whole space.
-        per_step: Paths of a step, beside the largest and the smallest network; at most all points.
-        latent: Search on latent features with a decoder, in place of relaxed widths.
-        dim: Of the predictor's tokens.
-        calibration_steps: See `EvaluatingPruner`.
-        kwargs: See `WidthPruner`.
-    """
-
-    method = "dbs"
-    trains_supernet = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config_list: list[dict],
-        evaluator: Evaluator,
-        existed_wrappers: dict | None = None,
-        *,
-        points: int = 64,
-        evaluations: int = 96,
-        per_round: int = 8,
-        rule: str = "spfs",
-        per_step: int = 2,
-        latent: bool = False,
-        dim: int = 16,
-        calibration_steps: int = CALIBRATION_STEPS,
-        **kwargs: Any,
-    ) -> None:
-        if points < 1 or evaluations < points:
-            raise ConfigError(
-                f"evaluations ({evaluations}) count the starting points ({points}), which are at least 1"
-            )
-        if per_step < 1 or dim < 16 or dim % 16:
-            raise ConfigError(
-                f"per_step must be at least 1, not {per_step}, and dim a multiple of 16, not {dim}"
-            )
-        if rule not in RULES:
-            raise ConfigError(f"rule: no training rule {rule!r}{nearest(rule, RULES)}")
-        super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            evaluations=evaluations,
-            per_round=per_round,
-            calibration_steps=calibration_steps,
-            **kwargs,
-        )
-        self.points = points
-        self.rule = rule
-        self.per_step = per_step
-        self.latent = latent
-        self.dim = dim
-
-    def _searcher(self) -> DBSSearch:
-        predictor = TransformerPredictor(
-            self.space, self.bounds if self.latent else None, dim=self.dim, seed=self.seed
-        )
-        return DBSSearch(
-            self.space, self.bounds, self.seed, points=self.points, latent=self.latent, predictor=predictor
-        )
-
-    def tuner_arguments(self) -> dict[str, Any]:
-        return {
-            "searcher": "dbs",
-            "seed": self.seed,
-            "per_round": self.per_round,
-            "points": self.points,
-            "latent": self.latent,
-        }
-
-    def _choose(self, model: nn.Module) -> Widths:
-        with self._stage("points"):
-            searcher = self._searcher()
-        self.counts["starting points"] = len(searcher.points)
-        with self._stage("supernet"):
-            self._train(model, searcher.points)
-        widths = self._search(model, searcher)
-        self.counts["fits"] = len(searcher.fits)
-        self._searched = searcher
-        return widths
-
-    def _compress(self) -> None:
-        super()._compress()
-        predicted, measured, in_band = self._searched.held_out
-        self.result.fits = [
-            {name: None if math.isnan(value) else value for name, value in fit.items()}
-            for fit in self._searched.fits
-        ]
-        self.result.held_out = {
-            "predicted": predicted.tolist(),
-            "measured": measured.tolist(),
-            "in_band": in_band.tolist(),
-        }
-
-    def _train(self, model: nn.Module, points: list[Widths]) -> None:
-        """Trains the model as a supernet for the duration of this `compress`."""
-        max_steps, max_epochs = self._duration
-        if max_steps == 0 or max_epochs == 0:
-            return
-        if self.evaluator is None:
-            raise ConfigError("DBSPruner needs an evaluator to train and score networks")
-        supernet = Supernet(model, self.space.groups, self.order)
-        generator = torch.Generator().manual_seed(self.seed)
-        steps = RULES[self.rule](self.space, points, generator, min(self.per_step, len(points)))
-        self.evaluator.bind_model(model)
-        try:
-            with train_supernet(self.evaluator, supernet, steps) as step:
-                self.evaluator.train(max_steps, max_epochs)
-        finally:
-            self.evaluator.unbind_model()
-        self.counts["supernet steps"] = step.taken

@@ -82,7 +82,9 @@ def train(model: nn.Module, optimizer: Any, steps: int = 3) -> list[float]:
     return losses
 
 
-def make_evaluator(model: nn.Module, evaluating_func: Any = None, dummy_input: Any = None) -> TorchEvaluator:
+def make_evaluator(
+    model: nn.Module, evaluating_func: Any = None, dummy_input: Any = None, batch_size: int = 2
+) -> TorchEvaluator:
     def training_step(batch: Any, model: nn.Module) -> Tensor:
         return functional.cross_entropy(model(batch[0]), batch[1])
 
@@ -95,7 +97,7 @@ def make_evaluator(model: nn.Module, evaluating_func: Any = None, dummy_input: A
         max_epochs: int | None,
     ) -> None:
         model.train()
-        batches = 10 * list(DataLoader(make_data(), batch_size=2))
+        batches = 10 * list(DataLoader(make_data(), batch_size=batch_size))
         for _, batch in zip(range(max_steps or STEPS_PER_EPOCH), batches, strict=False):
             optimizer.zero_grad()
             training_step(batch, model).backward()
@@ -811,7 +813,7 @@ class TestOtherEvaluators:
 
         class Data(pl.LightningDataModule):
             def train_dataloader(self) -> DataLoader[Any]:
-                return DataLoader(make_data(), batch_size=2)
+                return DataLoader(make_data(), batch_size=batch_size)
 
             def test_dataloader(self) -> DataLoader[Any]:
                 return DataLoader(make_data(), batch_size=4)

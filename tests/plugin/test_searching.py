@@ -27,9 +27,9 @@ from torch import nn
 
 import nni_dbs.latency
 from nni_dbs import DBSPruner, RandomPruner, WidthSpace, load_pruned
-from nni_dbs.algorithms.dbs import RULES
 from nni_dbs.cost import Bounds, count_flops
 from nni_dbs.errors import BudgetError, ConfigError, ResultError
+from nni_dbs.sampling import RULES
 from nni_dbs.search import RandomSearch
 from nni_dbs.space import Widths
 
@@ -62,9 +62,10 @@ class Count:
         return self.score(model)
 
 
-def dbs(score: Callable[[nn.Module], float] = first_logit, **options: Any) -> DBSPruner:
+def dbs(score: Callable[[nn.Module], float] = first_logit, batch_size: int = 2, **options: Any) -> DBSPruner:
     model = make_net()
-    return DBSPruner(model, CONVS, make_evaluator(model, score, IMAGE), **{**TINY, **options})
+    evaluator = make_evaluator(model, score, IMAGE, batch_size)
+    return DBSPruner(model, CONVS, evaluator, **{**TINY, **options})
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -138,7 +139,7 @@ def test_the_script_of_any_nni_pruner(latent: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_trains_the_model(rule: str) -> None:
-    pruner = dbs(rule=rule, points=3, evaluations=3)
+    pruner = dbs(rule=rule, points=3, evaluations=3, batch_size=8)
     pruner.compress(max_epochs=1)
     assert pruner.result.counts["supernet steps"] == STEPS_PER_EPOCH
     assert_fills(pruner.widths, pruner.space, pruner.bounds)
@@ -222,7 +223,7 @@ def test_a_duration_is_needed() -> None:
         ({"per_round": 0}, "per_round must be at least 1"),
         ({"calibration_steps": -1}, "calibration_steps must not be negative"),
         ({"per_step": 0}, "per_step must be at least 1"),
-        ({"dim": 8}, "dim a multiple of 16, not 8"),
+        ({"dim": 8}, "dim must be a multiple of 16, not 8"),
         ({"rule": "spsf"}, "no training rule 'spsf' .did you mean 'spfs'"),
     ],
 )

@@ -1,0 +1,186 @@
+"""NNI pruners that train the user's model as a supernet and search in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from nni.compression.utils.evaluator import Evaluator
+from torch import nn
+
+from nni_dbs.algorithms.dbs import DBSSearch
+from nni_dbs.errors import ConfigError
+from nni_dbs.plugin.evaluator import train_supernet
+from nni_dbs.plugin.searching import CALIBRATION_STEPS, EvaluatingPruner, SearchPruner
+from nni_dbs.predict import TransformerPredictor
+from nni_dbs.sampling import RULES, Step
+from nni_dbs.space import Widths
+from nni_dbs.supernet import Supernet
+from torch_pruning_adapters.errors import nearest
+
+
+class SupernetPruner(EvaluatingPruner):
+    """What the pruners share whose `compress(max_steps, max_epochs)` trains a supernet first.
+
+    Training runs through the evaluator. `compress(max_steps=0)` trains nothing: for a model that was trained
+    as a supernet before, or for few evaluations of a pretrained one. The model keeps the supernet's weights:
+    train what `export` gives, or train it inside of the full one (`Slimmable`).
+
+    Args:
+        rule: Which networks a step trains, see `nni_dbs.sampling.RULES`: spfs or path_fair train starting
+            points; spfs_options, sandwich, uniform and parallel networks of the whole space.
+        per_step: Networks that a step draws, beside the largest and the smallest where the rule has these;
+            at most all starting points.
+        kwargs: See `EvaluatingPruner`.
+    """
+
+    trains_supernet = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        rule: str,
+        per_step: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        if per_step < 1:
+            raise ConfigError(f"per_step must be at least 1, not {per_step}")
+        if rule not in RULES:
+            raise ConfigError(f"rule: no training rule {rule!r}{nearest(rule, RULES)}")
+        super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
+        self.rule = rule
+        self.per_step = per_step
+
+    def _train(self, model: nn.Module, points: Sequence[Widths]) -> None:
+        """Trains the model as a supernet for the duration of this `compress`."""
+        max_steps, max_epochs = self._duration
+        if max_steps == 0 or max_epochs == 0:
+            return
+        if self.evaluator is None:
+            raise ConfigError(f"{type(self).__name__} needs an evaluator to train and score networks")
+        supernet = Supernet(model, self.space.groups, self.order)
+        self.evaluator.bind_model(model)
+        try:
+            with (
+                self._stage("supernet"),
+                train_supernet(self.evaluator, supernet, self._steps(points)) as step,
+            ):
+                self.evaluator.train(max_steps, max_epochs)
+        finally:
+            self.evaluator.unbind_model()
+        self.counts["supernet steps"] = step.taken
+
+    def _steps(self, points: Sequence[Widths]) -> Iterator[Step]:
+        generator = torch.Generator().manual_seed(self.seed)
+        per_step = min(self.per_step, len(points)) if points else self.per_step
+        return RULES[self.rule](self.space, points, generator, per_step)
+
+
+class DBSPruner(SupernetPruner, SearchPruner):
+    """DBS: differentiable budget-aware search of the widths, in a supernet of the user's own model.
+
+    The method of choice: `compress(max_steps, max_epochs)` draws starting points near the budget, trains the
+    model as a supernet of them for that long through the evaluator (by the strict path-wise fair sandwich
+    rule), evaluates them, and goes on in rounds: a Transformer predictor is fitted to all evaluations and
+    frozen, widths are optimised by gradient through it under the budget, and the most promising networks are
+    evaluated in turn. What is kept is chosen by the predictor fitted to all measurements.
+
+    Sources and reconstructions: `nni_dbs.algorithms.dbs`.
+
+    Args:
+        points: Starting points; about a thousand at ImageNet's scale.
+        evaluations: Networks to evaluate altogether, the starting points included.
+        per_round: Networks of a round after them.
+        rule, per_step: See `SupernetPruner`.
+        latent: Search on latent features with a decoder, in place of relaxed widths.
+        dim: Of the predictor's tokens.
+        calibration_steps: See `EvaluatingPruner`.
+        kwargs: See `WidthPruner`.
+    """
+
+    method = "dbs"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        points: int = 64,
+        evaluations: int = 96,
+        per_round: int = 8,
+        rule: str = "spfs",
+        per_step: int = 2,
+        latent: bool = False,
+        dim: int = 16,
+        calibration_steps: int = CALIBRATION_STEPS,
+        **kwargs: Any,
+    ) -> None:
+        if points < 1 or evaluations < points:
+            raise ConfigError(
+                f"evaluations ({evaluations}) count the starting points ({points}), which are at least 1"
+            )
+        if dim < 16 or dim % 16:
+            raise ConfigError(f"dim must be a multiple of 16, not {dim}")
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            rule=rule,
+            per_step=per_step,
+            evaluations=evaluations,
+            per_round=per_round,
+            calibration_steps=calibration_steps,
+            **kwargs,
+        )
+        self.points = points
+        self.latent = latent
+        self.dim = dim
+
+    def _searcher(self) -> DBSSearch:
+        predictor = TransformerPredictor(
+            self.space, self.bounds if self.latent else None, dim=self.dim, seed=self.seed
+        )
+        return DBSSearch(
+            self.space, self.bounds, self.seed, points=self.points, latent=self.latent, predictor=predictor
+        )
+
+    def tuner_arguments(self) -> dict[str, Any]:
+        return {
+            "searcher": "dbs",
+            "seed": self.seed,
+            "per_round": self.per_round,
+            "points": self.points,
+            "latent": self.latent,
+        }
+
+    def _choose(self, model: nn.Module) -> Widths:
+        with self._stage("points"):
+            searcher = self._searcher()
+        self.counts["starting points"] = len(searcher.points)
+        self._train(model, searcher.points)
+        widths = self._search(model, searcher)
+        self.counts["fits"] = len(searcher.fits)
+        self._searched = searcher
+        return widths
+
+    def _compress(self) -> None:
+        super()._compress()
+        predicted, measured, in_band = self._searched.held_out
+        self.result.fits = [
+            {name: None if math.isnan(value) else value for name, value in fit.items()}
+            for fit in self._searched.fits
+        ]
+        self.result.held_out = {
+            "predicted": predicted.tolist(),
+            "measured": measured.tolist(),
+            "in_band": in_band.tolist(),
+        }
