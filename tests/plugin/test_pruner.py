@@ -813,7 +813,7 @@ class TestOtherEvaluators:
 
         class Data(pl.LightningDataModule):
             def train_dataloader(self) -> DataLoader[Any]:
-                return DataLoader(make_data(), batch_size=batch_size)
+                return DataLoader(make_data(), batch_size=2)
 
             def test_dataloader(self) -> DataLoader[Any]:
                 return DataLoader(make_data(), batch_size=4)
