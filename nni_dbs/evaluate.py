@@ -24,6 +24,8 @@ def score(
     evaluate: Callable[[nn.Module], float],
     batches: Iterable[Tensor | Sequence[Tensor]],
     images: int = CALIBRATION_IMAGES,
+    *,
+    last: bool = False,
 ) -> float:
     """What `evaluate` says of the supernet at `widths`, after its BatchNorm was recalibrated.
 
@@ -36,8 +38,9 @@ def score(
         evaluate: Gets the model, which computes at these widths meanwhile.
         batches: Of training images, iterated anew for every score; as `recalibrate_batchnorm`.
         images: As `recalibrate_batchnorm`.
+        last: As `Supernet.at`.
     """
-    with supernet.at(widths) as model, _kept(model):
+    with supernet.at(widths, last=last) as model, _kept(model):
         recalibrate_batchnorm(model, batches, images)
         with torch.no_grad():
             return evaluate(model)

@@ -15,9 +15,10 @@ Rules compare as follows; DBS finds that the fairer ones rank sub-networks bette
 | `sandwich` | largest, smallest, n - 2 random | the extremes are always trained |
 | `path_fair` | drawn paths | each path equally often |
 | `spfs` | largest, smallest, drawn paths | each path equally often, and the extremes always |
+| `bcnet` | a random one, then its complement, both sides of each | each channel equally often |
 
-Under `single`, `uniform` and `path_fair` weight decay and momentum also move channels that a step leaves
-out; the other rules train all channels in every step.
+Under `single`, `uniform`, `path_fair` and `bcnet` weight decay and momentum also move channels that a step
+leaves out; the other rules train all channels in every step.
 
 `in_parallel` runs the networks of any rule in one pass, each on its part of the batch.
 """
@@ -48,15 +49,20 @@ class Step:
             each has its own part of the batch.
         distilled: The first learns from the labels, the others from the first; else all from the labels.
         parallel: All run at once, each on its part of the batch; else one after another on all of it.
+        mirrored: Each is trained on the first channels of every group and on the last ones, with half of the
+            loss each. Neither distilled nor parallel.
     """
 
     networks: tuple[Widths, ...]
     distilled: bool = False
     parallel: bool = False
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if not self.networks:
             raise ConfigError("a step needs at least one network")
+        if self.mirrored and (self.distilled or self.parallel):
+            raise ConfigError("networks are trained on both sides from the labels, one after another")
         object.__setattr__(self, "networks", tuple(map(Widths, self.networks)))
 
 
@@ -110,6 +116,30 @@ def spfs(space: WidthSpace, draws: Draws) -> Iterator[Step]:
     """
     for drawn in draws:
         yield Step((space.largest(), *drawn, space.smallest()), distilled=True)
+
+
+def bcnet(space: WidthSpace, generator: torch.Generator) -> Iterator[Step]:
+    """One random network a step, on the first channels of each group and on the last; next its complement.
+
+    Su et al., "BCNet: Searching for Network Width with Bilaterally Coupled Network" (2021). Where narrow
+    networks always keep a group's first channels, these are trained far more often than its last ones. Here
+    width c has two sides, channels 1 to c and C - c + 1 to C, and a step with c is followed by one with
+    C - c, so that in the two each channel is trained exactly twice. Widths are drawn from the choices below
+    the full one, whose complement has no channels; groups without such a choice keep their full width. As in
+    the released code, but for its complement, which is off by one.
+
+    Score a network on both sides: `Supernet.at(widths, last=True)` is the other one.
+    """
+    drawn_from = {g.name: [w for w in space.choices(g.name) if 0 < w < g.size] for g in space.groups}
+    while True:
+        drawn = {
+            name: choices[int(torch.randint(len(choices), (), generator=generator))]
+            for name, choices in drawn_from.items()
+            if choices
+        }
+        complement = {g.name: g.size - drawn[g.name] for g in space.groups if g.name in drawn}
+        for widths in (drawn, complement):
+            yield Step((Widths(widths),), mirrored=True)
 
 
 def in_parallel(steps: Iterator[Step], distilled: bool = False) -> Iterator[Step]:
@@ -247,5 +277,6 @@ RULES: dict[str, Rule] = {
     "sandwich": lambda space, points, g, n: sandwich(space, g, n + 2),
     "uniform": lambda space, points, g, n: uniform(space, g),
     "parallel": lambda space, points, g, n: in_parallel(sandwich(space, g, n + 2)),
+    "bcnet": lambda space, points, g, n: bcnet(space, g),
 }
 """How a supernet can be trained: (space, starting points, generator, drawn networks a step) -> steps."""

@@ -230,7 +230,8 @@ def step_loss(
     distill: Distill = kl_divergence,
     scale: LossScale | None = None,
 ) -> Tensor:
-    """The loss of one step: the sum over its networks, or the mean over the batch where they run in parallel.
+    """The loss of one step: the sum over its networks, of the mean of their sides where they are mirrored; or
+    the mean over the batch where they run in parallel.
 
     Args:
         supernet: Of the model that `compute_loss` runs.
@@ -242,14 +243,15 @@ def step_loss(
     gradients = _Gradients(supernet, scale or LossScale())
     if step.parallel:
         return gradients.hand_over(_parallel_loss(supernet, step, compute_loss, distill, gradients))
-    networks = tuple(dict.fromkeys(step.networks))
+    sides = (False, True) if step.mirrored else (False,)
+    passes = [(widths, side) for widths in dict.fromkeys(step.networks) for side in sides]
     teacher: _Record | None = None
     total: Tensor | None = None
-    for widths in networks:
-        last = widths is networks[-1]
+    for number, (widths, side) in enumerate(passes, start=1):
+        last = number == len(passes)
         cuts: list[Cut] | None = None if last else []
-        with supernet.at(widths, cuts), _recorded(supernet.model) as record:
-            loss = compute_loss()
+        with supernet.at(widths, cuts, last=side), _recorded(supernet.model) as record:
+            loss = compute_loss() / len(sides)
             if step.distilled and teacher is not None:
                 loss = record.distilled(teacher, distill)
             if not last or supernet.recomputes:

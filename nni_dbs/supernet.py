@@ -30,6 +30,7 @@ from torch_pruning_adapters import (
     WidthError,
     channel_order,
     check_widths,
+    mirrored_order,
     prefix_order,
     removed_blocks,
 )
@@ -98,6 +99,7 @@ class Supernet:
             free = [g for g in self.groups if g.frozen is None]
             order = {**prefix_order(self.groups), **channel_order(model, free)}
         self.order = check_orders(self.groups, order)
+        self._mirrored = mirrored_order(self.groups, self.order)
         self._axes = layer_axes(self.groups)
 
     def modules(self) -> Iterator[nn.Module]:
@@ -132,7 +134,9 @@ class Supernet:
         return reasons
 
     @contextmanager
-    def at(self, widths: Mapping[str, int], cuts: list[Cut] | None = None) -> Iterator[nn.Module]:
+    def at(
+        self, widths: Mapping[str, int], cuts: list[Cut] | None = None, *, last: bool = False
+    ) -> Iterator[nn.Module]:
         """Within the block the model computes as `shrink(model, groups, widths, order)` does, at its cost.
 
         Leave the block before or after `backward`, as you like, unless the model recomputes activations
@@ -142,6 +146,7 @@ class Supernet:
             widths: Group name -> channels; a missing group keeps its full width.
             cuts: Where given, all layers compute with detached active parts of their parameters, which are
                 collected here: gradients end in these instead of the parameters.
+            last: Keep the last channels of each group's order, in place of the first (BCNet).
 
         Yields:
             The model.
@@ -149,7 +154,7 @@ class Supernet:
         Raises:
             WidthError: Unknown group, or a width that the group cannot take.
         """
-        forwards = self._sliced(widths, cuts)
+        forwards = self._sliced(widths, cuts, last)
         for module in self.model.modules() if cuts is not None else ():
             if module not in forwards and any(p is not None for p in module._parameters.values()):
                 forwards[module] = _Sliced(module, {}, cuts)
@@ -245,10 +250,10 @@ class Supernet:
         return factors.index_select(-1, torch.from_numpy(rank).to(factors.device))
 
     def _sliced(
-        self, widths: Mapping[str, int], cuts: list[Cut] | None = None
+        self, widths: Mapping[str, int], cuts: list[Cut] | None = None, last: bool = False
     ) -> dict[nn.Module, Replacement]:
         """What the layers that narrow do instead, and what removed blocks do."""
-        kept = self._kept(widths)
+        kept = self._kept(widths, last)
         narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
         removed = removed_blocks(self.groups, widths)
         touched = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
@@ -261,10 +266,11 @@ class Supernet:
             forwards[module] = _Sliced(module, entries, cuts)
         return forwards
 
-    def _kept(self, widths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    def _kept(self, widths: Mapping[str, int], last: bool = False) -> dict[str, np.ndarray]:
         """The channels of each group that stay, ascending."""
         check_widths(self.groups, widths)
-        return {g.name: np.sort(self.order[g.name][: widths.get(g.name, g.size)]) for g in self.groups}
+        order = self._mirrored if last else self.order
+        return {g.name: np.sort(order[g.name][: widths.get(g.name, g.size)]) for g in self.groups}
 
     def _gated(self, gates: Mapping[str, Tensor], parts: int | None = None) -> dict[nn.Module, Replacement]:
         numbers = np.cumsum([0, *(g.size for g in self.groups)])  # of each group's first channel

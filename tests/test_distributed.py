@@ -25,7 +25,7 @@ from nni_dbs.algorithms.tas import TASSearch
 from nni_dbs.algorithms.tas_supernet import TASSupernet
 from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
 from nni_dbs.errors import TrainingError
-from nni_dbs.sampling import Step, draw_paths, in_parallel, sandwich, single, spfs
+from nni_dbs.sampling import Step, bcnet, draw_paths, in_parallel, sandwich, single, spfs
 from nni_dbs.space import WidthSpace
 from nni_dbs.steps import SupernetStep
 from nni_dbs.supernet import Supernet
@@ -89,6 +89,7 @@ def drawn() -> Iterator[Step]:
 RULES: dict[str, Callable[[], Iterator[Step]]] = {
     "ordinary": ordinary,
     "spfs": drawn,
+    "bcnet": lambda: bcnet(space(), torch.Generator().manual_seed(4)),
     "sandwich": lambda: sandwich(space(), torch.Generator().manual_seed(5)),
     "parallel": lambda: in_parallel(sandwich(space(), torch.Generator().manual_seed(6))),
     "parallel_distilled": lambda: in_parallel(drawn(), distilled=True),

@@ -20,10 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nni_dbs.cost import FlopsCost
+from nni_dbs.errors import ConfigError
 from nni_dbs.sampling import (
     Draws,
     Step,
     balance,
+    bcnet,
     draw_options,
     draw_paths,
     in_parallel,
@@ -34,6 +36,7 @@ from nni_dbs.sampling import (
     uniform,
 )
 from nni_dbs.space import Widths, WidthSpace
+from nni_dbs.supernet import Cut, Supernet
 from torch_pruning_adapters import ChannelGroup, Member, Span, find_channel_groups
 
 SEEDS = st.integers(0, 2**32)
@@ -163,6 +166,61 @@ def test_spfs_trains_the_extremes_around_the_draws(data: st.DataObject, seed: in
     for step, drawn in zip(steps, draws, strict=True):
         assert step.distilled and not step.parallel
         assert step.networks == (space.largest(), *drawn, space.smallest())
+
+
+# --- both sides --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4), seed=SEEDS)
+def test_a_width_is_followed_by_its_complement(sizes: list[int], seed: int) -> None:
+    space = space_of(*sizes)
+    steps = list(islice(bcnet(space, seeded(seed)), 8))
+    assert all(s.mirrored and not s.distilled and not s.parallel and len(s.networks) == 1 for s in steps)
+    for first, second in zip(steps[::2], steps[1::2], strict=True):
+        drawn, complement = first.networks[0], second.networks[0]
+        assert drawn.keys() == complement.keys() == {f"g{i}" for i, size in enumerate(sizes) if size > 1}
+        assert all(drawn[g.name] + complement[g.name] == g.size for g in space.groups if g.size > 1)
+        assert all(width in space.choices(name) for name, width in drawn.items())
+
+
+def test_every_width_below_the_full_one_is_drawn() -> None:
+    space = space_of(5, 8)
+    drawn = [step.networks[0] for step in islice(bcnet(space, seeded(0)), 0, 200, 2)]
+    for group in space.groups:
+        counts = Counter(widths[group.name] for widths in drawn)
+        assert counts.keys() == set(range(1, group.size))
+        assert max(counts.values()) < 3 * min(counts.values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_over_a_width_and_its_complement_each_channel_is_trained_twice(seed: int) -> None:
+    """Counted in the layers: which rows of their weights compute."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 16), conv(16, 16, groups=4), conv(16, 8))
+    groups = find_channel_groups(model, torch.zeros(1, 3, 4, 4))
+    space = WidthSpace(groups, min_ratio=0.0, divisor=1)
+    supernet = Supernet(model, groups)
+    trained = {name: torch.zeros(p.shape[0]) for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for step in islice(bcnet(space, seeded(seed)), 2):
+        for last in (False, True):
+            cuts: list[Cut] = []
+            with supernet.at(step.networks[0], cuts, last=last):
+                model(torch.zeros(1, 3, 4, 4))
+            for cut in cuts:
+                rows = torch.arange(len(cut.parameter))
+                if cut.index:
+                    rows = rows[cut.index[0]].flatten()
+                trained[names[id(cut.parameter)]][rows] += 1
+    for name, counts in trained.items():
+        assert counts.tolist() == [4.0 if name.startswith("2") else 2.0] * len(counts), name
+
+
+def test_what_cannot_be_mirrored_is_refused() -> None:
+    step = Step((Widths({"g0": 1}),), mirrored=True)
+    with pytest.raises(ConfigError, match="one after another"):
+        next(in_parallel(iter([step])))
 
 
 # --- reading B ---------------------------------------------------------------------------------------

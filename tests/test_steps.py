@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections import OrderedDict, namedtuple
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,17 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from nni_dbs.errors import TrainingError
-from nni_dbs.sampling import Step, draw_options, draw_paths, in_parallel, path_fair, sandwich, spfs, uniform
+from nni_dbs.sampling import (
+    Step,
+    bcnet,
+    draw_options,
+    draw_paths,
+    in_parallel,
+    path_fair,
+    sandwich,
+    spfs,
+    uniform,
+)
 from nni_dbs.space import Widths, WidthSpace
 from nni_dbs.steps import SupernetStep, kl_divergence, logits_of, step_loss
 from nni_dbs.supernet import Supernet
@@ -146,6 +158,10 @@ def narrow(
 def reference_loss(
     model: nn.Module, groups: Groups, order: Any, step: Step, images: Tensor, labels: Tensor
 ) -> Tensor:
+    if step.mirrored:
+        sides = [{name: np.asarray(ranked)[::-1] for name, ranked in order.items()}, order]
+        once = [reference_loss(model, groups, side, Step(step.networks), images, labels) for side in sides]
+        return torch.stack(once).mean()
     networks = [narrow(model, groups, order, widths) for widths in step.networks]
     if step.parallel and not step.distilled:
         parts = zip(networks, images.chunk(len(networks)), labels.chunk(len(networks)), strict=True)
@@ -163,6 +179,7 @@ def rule(name: str, space: WidthSpace) -> Iterator[Step]:
     pool = [space.sample(seeded(k)) for k in range(9)]
     return {
         "uniform": lambda: uniform(space, seeded()),
+        "bcnet": lambda: bcnet(space, seeded()),
         "sandwich": lambda: sandwich(space, seeded(), 3),
         "path_fair": lambda: path_fair(draw_paths(pool, seeded(), 3)),
         "path_fair_options": lambda: path_fair(draw_options(space, seeded(), 3)),
@@ -172,7 +189,16 @@ def rule(name: str, space: WidthSpace) -> Iterator[Step]:
     }[name]()
 
 
-RULES = ("uniform", "sandwich", "path_fair", "path_fair_options", "spfs", "parallel", "parallel_distilled")
+RULES = (
+    "uniform",
+    "bcnet",
+    "sandwich",
+    "path_fair",
+    "path_fair_options",
+    "spfs",
+    "parallel",
+    "parallel_distilled",
+)
 
 
 @pytest.mark.parametrize("rule_name", RULES)
@@ -184,7 +210,8 @@ def test_loss_and_gradients_equal_those_of_a_slow_reference(net: str, ranked: bo
     supernet = Supernet(model, groups, None if ranked else order)
     training_step = SupernetStep(supernet, rule(rule_name, space_of(net)), cross_entropy)
     for step in islice(rule(rule_name, space_of(net)), 2):
-        distinct = step if step.parallel else Step(tuple(dict.fromkeys(step.networks)), step.distilled)
+        networks = step.networks if step.parallel else tuple(dict.fromkeys(step.networks))
+        distinct = dataclasses.replace(step, networks=networks)
         model.zero_grad()
         expected_loss = reference_loss(model, groups, order, distinct, *batch)
         expected_loss.backward()

@@ -30,6 +30,7 @@ from torch_pruning_adapters import (
     WidthError,
     channel_order,
     find_channel_groups,
+    mirrored_order,
     prefix_order,
     shrink,
 )
@@ -239,6 +240,23 @@ def test_sliced_is_the_cut_network(name: str, order: str, seed: int) -> None:
             assert running is model
             y = model(x)
         close(y, cut_of(supernet, widths)(x))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_the_last_channels_are_those_of_the_mirrored_order(name: str, order: str) -> None:
+    model, x, groups = made(name)
+    supernet = supernet_of(model, groups, order, 0)
+    widths = narrow(supernet, 0)
+    for g in groups:
+        first = set(supernet.order[g.name][: g.size - widths[g.name]])
+        kept = mirrored_order(groups, supernet.order)[g.name][: widths[g.name]]
+        assert sorted([*first, *kept]) == list(range(g.size))
+    mirrored = Supernet(model, groups, mirrored_order(groups, supernet.order))
+    with supernet.at(widths, last=True):
+        y = model(x)
+    close(y, cut_of(mirrored, widths)(x))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -10,7 +10,14 @@ from torch_pruning_adapters.blocks import find_residual_blocks
 from torch_pruning_adapters.errors import UnsupportedModelError, WidthError
 from torch_pruning_adapters.group import ChannelGroup, Member, Span
 from torch_pruning_adapters.groups import find_channel_groups
-from torch_pruning_adapters.importance import bn_scale, channel_order, l1_norm, l2_norm, prefix_order
+from torch_pruning_adapters.importance import (
+    bn_scale,
+    channel_order,
+    l1_norm,
+    l2_norm,
+    mirrored_order,
+    prefix_order,
+)
 from torch_pruning_adapters.surgery import check_width, check_widths, kept_channels, removed_blocks, shrink
 
 __all__ = [
@@ -28,6 +35,7 @@ __all__ = [
     "kept_channels",
     "l1_norm",
     "l2_norm",
+    "mirrored_order",
     "prefix_order",
     "removed_blocks",
     "shrink",

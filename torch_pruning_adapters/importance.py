@@ -79,6 +79,11 @@ def prefix_order(groups: Iterable[ChannelGroup]) -> dict[str, np.ndarray]:
     return {g.name: _expand(np.arange(g.size // g.step), g) for g in groups}
 
 
+def mirrored_order(groups: Iterable[ChannelGroup], order: Order) -> dict[str, np.ndarray]:
+    """The same ranking from its other end: the least important channels first (for BCNet)."""
+    return {g.name: np.asarray(order[g.name]).reshape(-1, g.step)[::-1].reshape(-1) for g in groups}
+
+
 def check_orders(groups: Iterable[ChannelGroup], order: Order) -> dict[str, np.ndarray]:
     """The order of each group as an array (C,); `WidthError` if one is missing or is not an order."""
     checked = {}

@@ -107,7 +107,8 @@ class NNIExecutor:
         if self.config.experiment.trials == "train":
             return "--train"
         recipe = "supernet" if pruner.trains_supernet else "finetune"
-        return f"--recipe {recipe} --calibration-steps {pruner.calibration_steps}"
+        mirrored = " --mirrored" if pruner.mirrored else ""
+        return f"--recipe {recipe} --calibration-steps {pruner.calibration_steps}{mirrored}"
 
     def _class_args(self, pruner: SearchPruner) -> dict[str, Any]:
         assert pruner.log is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from nni_dbs.projection import leaves_room
 from nni_dbs.result import append_search, load_search
 from nni_dbs.search import RandomSearch, Searcher
 from nni_dbs.space import Widths
-from torch_pruning_adapters import shrink
+from torch_pruning_adapters import mirrored_order, shrink
 
 Executor = Callable[["SearchPruner", nn.Module], None]
 
@@ -37,7 +38,12 @@ class EvaluatingPruner(WidthPruner):
     Args:
         calibration_steps: Training batches for BatchNorm; 0 keeps the full model's statistics.
         kwargs: See `WidthPruner`.
+
+    Attributes:
+        mirrored: Whether a network's score is the mean of two, of its first channels and of its last ones.
     """
+
+    mirrored = False
 
     def __init__(
         self,
@@ -57,16 +63,20 @@ class EvaluatingPruner(WidthPruner):
     def _evaluate(self, model: nn.Module, widths: Widths, stage: str) -> float:
         if self.evaluator is None:
             raise ConfigError(f"{type(self).__name__} needs an evaluator to score networks")
-        small = shrink(model, self.space.groups, widths, self.order)
-        if self.calibration_steps:
-            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
-        found = score(self.evaluator, small)
+        sides = [self.order, mirrored_order(self.space.groups, self.order)][: 2 if self.mirrored else 1]
+        found = statistics.mean(self._score(shrink(model, self.space.groups, widths, o)) for o in sides)
         if not math.isfinite(found):
             raise TrainingError(
                 f"a network scored {found}: lower the learning rate of the supernet, or look at the evaluator"
             )
         self._record(widths, found, stage)
         return found
+
+    def _score(self, small: nn.Module) -> float:
+        assert self.evaluator is not None
+        if self.calibration_steps:
+            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
+        return score(self.evaluator, small)
 
     def _record(self, widths: Widths, score: float, stage: str) -> None:
         """Appends an evaluated network to the log."""

@@ -30,7 +30,8 @@ class SupernetPruner(EvaluatingPruner):
 
     Args:
         rule: Which networks a step trains, see `nni_dbs.sampling.RULES`: spfs or path_fair train starting
-            points; spfs_options, sandwich, uniform and parallel networks of the whole space.
+            points; spfs_options, sandwich, uniform and parallel networks of the whole space. With bcnet, a
+            network's score is the mean of its first and its last channels'.
         per_step: Networks that a step draws, beside the largest and the smallest where the rule has these;
             at most all starting points.
         kwargs: See `EvaluatingPruner`.
@@ -56,6 +57,7 @@ class SupernetPruner(EvaluatingPruner):
         super().__init__(model, config_list, evaluator, existed_wrappers, **kwargs)
         self.rule = rule
         self.per_step = per_step
+        self.mirrored = rule == "bcnet"
 
     def _train(self, model: nn.Module, points: Sequence[Widths]) -> None:
         """Trains the model as a supernet for the duration of this `compress`."""

@@ -12,6 +12,7 @@ A trial is a process, whose imports take longer than many a score: this module l
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from nni_dbs.training import (
     training_loop,
     training_step,
 )
-from torch_pruning_adapters import WidthError, shrink
+from torch_pruning_adapters import WidthError, mirrored_order, shrink
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.train:
             score = trial.trained_score(widths, nni.report_intermediate_result)
         else:
-            score = trial.score(widths, options.recipe, options.calibration_steps)
+            score = trial.score(widths, options.recipe, options.calibration_steps, options.mirrored)
     except (UserError, WidthError) as error:
         print(f"nni-dbs: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -72,6 +73,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--calibration-steps", type=int, default=20, help="batches for BatchNorm; 0: as it is"
+    )
+    parser.add_argument(
+        "--mirrored", action="store_true", help="the mean score of the first and of the last channels"
     )
     return parser.parse_args(arguments)
 
@@ -96,18 +100,25 @@ class Trial:
         load_weights(self.model, self.directory / "weights.safetensors")
         self.model.to(self.device)
 
-    def score(self, widths: Widths, recipe: str, calibration_steps: int) -> float:
+    def score(self, widths: Widths, recipe: str, calibration_steps: int, mirrored: bool = False) -> float:
         """Accuracy (%) of a network with the full model's weights, after estimating BatchNorm anew.
 
         Args:
             widths: The network.
             recipe: Whose batches and training step BatchNorm sees: `supernet` or `finetune`.
             calibration_steps: How many of the batches.
+            mirrored: Take the mean score of the network on its first channels and on its last ones.
         """
-        small = self._cut(widths)
-        if calibration_steps:
-            self._recalibrate(small, getattr(self.config, recipe), calibration_steps)
-        return self._accuracy(small)
+        orders = [self.problem.order]
+        if mirrored:
+            orders.append(mirrored_order(self.problem.space.groups, self.problem.order))
+        scores = []
+        for order in orders:
+            small = shrink(self.model, self.problem.space.groups, widths, order)
+            if calibration_steps:
+                self._recalibrate(small, getattr(self.config, recipe), calibration_steps)
+            scores.append(self._accuracy(small))
+        return statistics.mean(scores)
 
     def trained_score(self, widths: Widths, report: Callable[[float], object]) -> float:
         """Accuracy (%) of a network after the configuration's final training, without teacher.
@@ -116,7 +127,8 @@ class Trial:
             widths: The network.
             report: Gets the accuracy after each epoch but the last.
         """
-        small, recipe = self._cut(widths), self.config.finetune
+        small = shrink(self.model, self.problem.space.groups, widths, self.problem.order)
+        recipe = self.config.finetune
         if self.config.final == "scratch":
             reinitialise(small, self.config.seed)
         if recipe.epochs:
@@ -132,9 +144,6 @@ class Trial:
 
             self._loop(recipe)(small, sgd(small, recipe), step)
         return self._accuracy(small)
-
-    def _cut(self, widths: Widths) -> nn.Module:
-        return shrink(self.model, self.problem.space.groups, widths, self.problem.order)
 
     def _recalibrate(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
         """As `nni_dbs.plugin.evaluator.recalibrate_batchnorm` does: the training loop, without training."""

@@ -76,14 +76,16 @@ class Enough(Exception):
     """Ends a run."""
 
 
-@pytest.fixture(scope="module", params=["random", "dbs"])
+@pytest.fixture(scope="module", params=["random", "dbs", "bcnet"])
 def prepared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[Widths, float]]:
     """An experiment directory, and what the pruner itself says of two networks."""
     folder = tmp_path_factory.mktemp("prepared")
-    options = {"points": 4, "evaluations": 4, "calibration_steps": 3}
-    changes = {"method": "dbs", "options": options} if request.param == "dbs" else {}
+    options: dict[str, Any] = {"points": 4, "evaluations": 4, "calibration_steps": 3}
+    changes: dict[str, Any] = {} if request.param == "random" else {"method": "dbs", "options": options}
+    if request.param == "bcnet":
+        options["rule"] = "bcnet"
     scores: dict[Widths, float] = {}
 
     def score_here(pruner: SearchPruner, model: nn.Module) -> None:

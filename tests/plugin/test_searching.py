@@ -32,6 +32,7 @@ from nni_dbs.errors import BudgetError, ConfigError, ResultError
 from nni_dbs.sampling import RULES
 from nni_dbs.search import RandomSearch
 from nni_dbs.space import Widths
+from torch_pruning_adapters import mirrored_order, shrink
 
 TINY = {
     "budget": 0.5,
@@ -148,6 +149,23 @@ def test_every_rule_trains_the_model(rule: str) -> None:
     untrained = make_net()
     assert all(not torch.equal(weights[name], p) for name, p in untrained.named_parameters())
     assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_under_bcnet_a_score_is_the_mean_of_both_sides(tmp_path: Path) -> None:
+    score = Count()
+    pruner = dbs(score, rule="bcnet", points=3, evaluations=3, log=tmp_path / "log")
+    pruner.compress(max_steps=2)
+    pruner.unwrap_model()
+    firsts, lasts = score.models[::2], score.models[1::2]
+    for line, first, last in zip(lines_of(tmp_path / "log"), firsts, lasts, strict=True):
+        assert line["score"] == (first_logit(first) + first_logit(last)) / 2
+        for model, order in (
+            (first, pruner.order),
+            (last, mirrored_order(pruner.space.groups, pruner.order)),
+        ):
+            cut = shrink(pruner.bound_model, pruner.space.groups, line["widths"], order)
+            assert_same(dict(cut.named_parameters()), dict(model.named_parameters()))
+    assert first_logit(firsts[0]) != first_logit(lasts[0])
 
 
 @pytest.mark.parametrize("duration", [{"max_steps": 0}, {"max_epochs": 0}])

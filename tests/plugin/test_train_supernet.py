@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, 
 
 from nni_dbs.errors import EvaluatorError, TrainingError, UserError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, repair, score, train_supernet
-from nni_dbs.sampling import Step, draw_paths, in_parallel, path_fair, sandwich, spfs, uniform
+from nni_dbs.sampling import Step, bcnet, draw_paths, in_parallel, path_fair, sandwich, spfs, uniform
 from nni_dbs.space import Widths, WidthSpace
 from nni_dbs.steps import SupernetStep
 from nni_dbs.supernet import Supernet
@@ -284,12 +284,13 @@ RULES: dict[str, Callable[[WidthSpace], Iterator[Step]]] = {
     "spfs": lambda space: spfs(space, draw_paths(pool(space), generator())),
     "path_fair": lambda space: path_fair(draw_paths(pool(space), generator())),
     "uniform": lambda space: uniform(space, generator()),
+    "bcnet": lambda space: bcnet(space, generator()),
     "parallel": lambda space: in_parallel(path_fair(draw_paths(pool(space), generator()))),
     "parallel distilled": lambda space: in_parallel(
         path_fair(draw_paths(pool(space), generator())), distilled=True
     ),
 }
-HARD = ("path_fair", "uniform", "parallel")
+HARD = ("path_fair", "uniform", "bcnet", "parallel")
 INSIDE = [rule for rule in RULES if rule != "parallel distilled"]  # where the model computes its loss
 DISTILLED = ("sandwich", "spfs", "parallel distilled")
 
