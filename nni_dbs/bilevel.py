@@ -8,11 +8,9 @@ budget. Methods that are bilevel (DARTS, first order) take the two losses on dif
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -23,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from nni_dbs.batches import batch_size, mapped, part_of
 from nni_dbs.errors import ConfigError, DataError, TrainingError
 from nni_dbs.sampling import Step
 from nni_dbs.space import Widths
@@ -238,7 +237,7 @@ class BilevelStep(PatchedStep):
                 f"the second loader gives {_form(batch)}, the training {_form(like)}; let both give the same"
             )
         tensors = tensors_in(like)
-        return _mapped(batch, lambda t: t.to(tensors[0].device)) if tensors else batch
+        return mapped(batch, lambda t: t.to(tensors[0].device)) if tensors else batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken, "drawn": self.drawn, **self.search.state_dict()}
@@ -318,51 +317,15 @@ def _form(batch: Any) -> str:
 
 
 def _halves(batch: Any) -> tuple[Any, Any]:
-    """The first and the second half of a batch: of tensors, and of lists with an entry for each sample."""
-    parts = list(batch.values()) if isinstance(batch, Mapping) else [batch]
-    parts = list(batch) if isinstance(batch, (list, tuple)) else parts
-    lengths = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
-    lengths += [len(part) for part in parts if isinstance(part, (list, tuple))]
-    size = next(iter(lengths or [len(t) for t in tensors_in(parts) if t.dim()]), 0)
+    """The first and the second half of a batch."""
+    size = batch_size(batch)
     if size < 4:
         raise DataError(
             f"a batch of {size} samples cannot be halved for weights and architecture; use larger batches, "
             "or give the architecture a loader of its own"
         )
-
-    def whole(part: Any) -> bool:
-        return isinstance(part, Tensor) and part.dim() > 0 and len(part) == size
-
-    def divisible(part: Any) -> bool:
-        listed = isinstance(part, (list, tuple)) and part is not batch and len(part) == size
-        return whole(part) or (listed and not all(map(whole, part)))
-
     middle = size - size // 2
-    first, second = slice(middle), slice(middle, size)
-    return _mapped(batch, lambda p: p[first], divisible), _mapped(batch, lambda p: p[second], divisible)
-
-
-def _is_tensor(part: Any) -> bool:
-    return isinstance(part, Tensor)
-
-
-def _mapped(batch: Any, fn: Callable[[Any], Any], where: Callable[[Any], bool] = _is_tensor) -> Any:
-    """A copy of nested containers, each of its own type, with `fn` applied where `where` says so."""
-    if where(batch):
-        return fn(batch)
-    if isinstance(batch, MutableMapping):
-        mapped = copy.copy(batch)
-        mapped.update({name: _mapped(part, fn, where) for name, part in batch.items()})
-        return mapped
-    if isinstance(batch, (list, tuple)):
-        parts = [_mapped(part, fn, where) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        names = [f.name for f in dataclasses.fields(batch)]
-        return dataclasses.replace(
-            batch, **{name: _mapped(getattr(batch, name), fn, where) for name in names}
-        )
-    return batch
+    return part_of(batch, size, slice(middle)), part_of(batch, size, slice(middle, size))
 
 
 def _with_batch(

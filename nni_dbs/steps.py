@@ -113,7 +113,7 @@ class PatchedStep(ABC):
                 raise SkippedError
             if not first:
                 first.append(output)
-            return _loss_of(output)
+            return loss_of(output)
 
         try:
             loss = make_loss(compute_loss)
@@ -140,6 +140,9 @@ class SupernetStep(PatchedStep):
             mapping with the key `loss`.
         distill: Loss of a network's logits given those of the first network, for distilled steps.
 
+    Attributes:
+        last: The step that was taken last.
+
     Raises:
         TrainingError: If the training step returns no loss, or runs a `DistributedDataParallel` with
             `static_graph=True`; in a distilled step, if it does not call the model, or gives it other inputs
@@ -155,11 +158,11 @@ class SupernetStep(PatchedStep):
     ) -> None:
         super().__init__(supernet, training_step, distill)
         self.steps = iter(steps)
-        self._last: Step | None = None
+        self.last: Step | None = None
 
     def _take(self, args: Any, kwargs: Any) -> Any:
         try:
-            self._last = step = next(self.steps)
+            self.last = step = next(self.steps)
         except StopIteration:
             raise TrainingError(
                 f"the rule ended after {self.taken} steps; give an endless one, as in nni_dbs.sampling"
@@ -173,7 +176,7 @@ class SupernetStep(PatchedStep):
 
     def state_dict(self) -> dict[str, Any]:
         """What a rule needs to go on, if its generator is seeded alike; JSON."""
-        last = () if self._last is None else self._last.networks
+        last = () if self.last is None else self.last.networks
         return {"taken": self.taken, "last": [dict(widths) for widths in last]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -187,8 +190,8 @@ class SupernetStep(PatchedStep):
                 f"{self.taken} steps are taken already, more than the {state['taken']} to go on after"
             )
         for step in islice(self.steps, state["taken"] - self.taken):
-            self._last, self.taken = step, self.taken + 1
-        if self.state_dict() != state:
+            self.last, self.taken = step, self.taken + 1
+        if any(value != state[name] for name, value in SupernetStep.state_dict(self).items()):
             raise TrainingError(
                 f"cannot go on after step {state['taken']}: the rule draws other networks than before; make "
                 "it anew with the same seed and the same space"
@@ -245,12 +248,12 @@ def step_loss(
         return gradients.hand_over(_parallel_loss(supernet, step, compute_loss, distill, gradients))
     sides = (False, True) if step.mirrored else (False,)
     passes = [(widths, side) for widths in dict.fromkeys(step.networks) for side in sides]
-    teacher: _Record | None = None
+    teacher: Record | None = None
     total: Tensor | None = None
     for number, (widths, side) in enumerate(passes, start=1):
         last = number == len(passes)
         cuts: list[Cut] | None = None if last else []
-        with supernet.at(widths, cuts, last=side), _recorded(supernet.model) as record:
+        with supernet.at(widths, cuts, last=side), recorded(supernet.model) as record:
             loss = compute_loss() / len(sides)
             if step.distilled and teacher is not None:
                 loss = record.distilled(teacher, distill)
@@ -277,7 +280,7 @@ def pass_loss(
         compute_loss, scale: As for `step_loss`.
     """
     gradients = _Gradients(supernet, scale or LossScale())
-    with block, _recorded(supernet.model) as record:
+    with block, recorded(supernet.model) as record:
         loss = compute_loss()
         if supernet.recomputes:
             loss = gradients.take(loss, (), record)
@@ -292,14 +295,14 @@ def _parallel_loss(
     gradients: _Gradients,
 ) -> Tensor:
     parts = len(step.networks)
-    with supernet.parallel(step.networks), _recorded(supernet.model) as record:
+    with supernet.parallel(step.networks), recorded(supernet.model) as record:
         if not step.distilled:
             loss = compute_loss()
         else:
             with _replicated(supernet.model, parts) as copies:
                 loss = compute_loss()
             if not copies:
-                raise TrainingError(_NOT_CALLED)
+                raise TrainingError(NOT_CALLED)
             for outputs in copies:
                 teacher, *students = logits_of(outputs).chunk(parts)
                 losses = [distill(student, teacher.detach()) for student in students]
@@ -307,29 +310,29 @@ def _parallel_loss(
         return gradients.take(loss, (), record) if supernet.recomputes else loss
 
 
-_NOT_CALLED = (
+NOT_CALLED = (
     "distillation reads the model's outputs, but the training step did not call the model itself; "
     "let it call model(x) (in a LightningModule: self(x)), or train without distillation"
 )
 
 
-class _Record:
+class Record:
     """Inputs and outputs of a model's calls during one pass."""
 
     def __init__(self) -> None:
         self.inputs: list[list[Tensor]] = []
         self.outputs: list[Any] = []
 
-    def detached(self) -> _Record:
+    def detached(self) -> Record:
         """Without the graphs of the outputs."""
-        record = _Record()
+        record = Record()
         record.inputs, record.outputs = self.inputs, tree_map_only(Tensor, Tensor.detach, self.outputs)
         return record
 
-    def distilled(self, teacher: _Record, distill: Distill) -> Tensor:
+    def distilled(self, teacher: Record, distill: Distill) -> Tensor:
         """Mean distillation loss over the calls."""
         if not self.outputs or len(self.outputs) != len(teacher.outputs):
-            raise TrainingError(_NOT_CALLED)
+            raise TrainingError(NOT_CALLED)
         for mine, theirs in zip(self.inputs, teacher.inputs, strict=True):
             if len(mine) != len(theirs) or not all(
                 a is b or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)
@@ -343,8 +346,8 @@ class _Record:
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[_Record]:
-    record = _Record()
+def recorded(model: nn.Module) -> Iterator[Record]:
+    record = Record()
 
     def hook(model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
         record.inputs.append(tensors_in((args, kwargs)))
@@ -407,7 +410,7 @@ def logits_of(outputs: Any) -> Tensor:
     return found
 
 
-def _loss_of(output: Any) -> Tensor:
+def loss_of(output: Any) -> Tensor:
     loss = output
     if isinstance(output, Mapping):
         loss = output.get("loss")
@@ -439,7 +442,7 @@ class _Gradients:
         self.unit = scale.value  # everything here is multiplied by it
         self.of: dict[Tensor, Tensor] = {}
 
-    def take(self, loss: Tensor, cuts: Sequence[Cut], record: _Record) -> Tensor:
+    def take(self, loss: Tensor, cuts: Sequence[Cut], record: Record) -> Tensor:
         """Adds those of a pass' loss, of cut parameters only to the active part; returns its value."""
         if not loss.requires_grad:
             return loss

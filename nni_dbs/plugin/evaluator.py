@@ -112,7 +112,11 @@ def recalibrate_batchnorm(evaluator: Evaluator, model: nn.Module, max_steps: int
 
 @contextmanager
 def train_supernet(
-    evaluator: Evaluator, supernet: Supernet, steps: Iterator[Step], distill: Distill = kl_divergence
+    evaluator: Evaluator,
+    supernet: Supernet,
+    steps: Iterator[Step],
+    distill: Distill = kl_divergence,
+    make: Callable[..., SupernetStep] = SupernetStep,
 ) -> Iterator[SupernetStep]:
     """Within the block the evaluator's training steps train the networks that `steps` names.
 
@@ -126,6 +130,7 @@ def train_supernet(
         supernet: What to train.
         steps: From `nni_dbs.sampling`.
         distill: See `SupernetStep`.
+        make: The class of the step, with its arguments.
 
     Yields:
         The step that takes the place of the user's.
@@ -134,7 +139,7 @@ def train_supernet(
         EvaluatorError: Another model is bound, or none; or Lightning's optimisation is manual.
     """
     owner, name, distill = _training_step_of(evaluator, supernet, distill)
-    with patched_step(owner, name, SupernetStep(supernet, steps, getattr(owner, name), distill)) as step:
+    with patched_step(owner, name, make(supernet, steps, getattr(owner, name), distill)) as step:
         yield step
 
 
