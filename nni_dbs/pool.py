@@ -90,6 +90,13 @@ def draw(space: WidthSpace, chances: Tensor, n: int, generator: torch.Generator)
     return choices.gather(1, torch.multinomial(chances, n, replacement=True, generator=generator)).T
 
 
+def draw_evenly(space: WidthSpace, n: int, generator: torch.Generator) -> Tensor:
+    """Networks (n, G) of any size: each choice of a group has the same chance."""
+    choices, counts = space.padded_choices()
+    chosen = (torch.rand(n, len(counts), generator=generator) * counts).long()
+    return choices.gather(1, chosen.T).T
+
+
 def starting_points(
     space: WidthSpace, bounds: Bounds, n: int, generator: torch.Generator, represented: float = 0.02
 ) -> list[Widths]:

@@ -46,7 +46,13 @@ class Prediction(NamedTuple):
 
 
 class Predictor(Protocol):
-    """Widths (N, G), in the order of `WidthSpace.encode`, to scores (N,); higher is better."""
+    """Widths (N, G), in the order of `WidthSpace.encode`, to scores (N,); higher is better.
+
+    Attributes:
+        options: How widths are read.
+    """
+
+    options: Options
 
     def fit(self, widths: Tensor, scores: Tensor) -> Tensor:
         """Learns from all that is known and returns held-out predictions (N,) of it."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError, ConfigError, TrainingError
-from nni_dbs.pool import draw, tilted
+from nni_dbs.pool import draw, draw_evenly, tilted
 from nni_dbs.projection import project_batch
 from nni_dbs.space import Widths, WidthSpace
 from torch_pruning_adapters import WidthError, check_widths
@@ -141,13 +141,8 @@ class Searcher(ABC):
     def _anything(self, n: int) -> list[Widths]:
         """Where a searcher has no new ideas: networks near the budget, at random."""
         near = draw(self.space, self.chances, max(2 * n, _FEW), self.generator)
-        return self._projected(torch.cat([near, self._drawn(len(near))]))
-
-    def _drawn(self, n: int) -> Tensor:
-        """Networks (n, G) of any size: each choice of a group has the same chance."""
-        choices, counts = self.space.padded_choices()
-        chosen = (torch.rand(n, len(counts), generator=self.generator) * counts).long()
-        return choices.gather(1, chosen.T).T
+        anywhere = draw_evenly(self.space, len(near), self.generator)
+        return self._projected(torch.cat([near, anywhere]))
 
     def _checked(self, widths: Mapping[str, int], what: str) -> Widths:
         """A user's network of the space and inside of the budget, with all its groups."""
@@ -210,6 +205,14 @@ class EvolutionSearch(Searcher):
         initial: Networks before evolution begins.
         parents: The best so many breed.
         mutation: Chance that a group of a mutant is drawn anew (at least one is).
+        prior: Chances (G, K) of each group's choices, as `nni_dbs.pool.tilted` gives them: the first
+            generation, and what is drawn anew, have these, as PSE-Net's prior-distribution sampling (arXiv
+            2408.16233; a reconstruction). Use it where something is known of the choices before the search,
+            such as their losses in the training of the supernet. Default: the first generation lies near the
+            budget, and all choices are drawn with the same chance.
+
+    Raises:
+        ConfigError: An option out of its range, or chances that are not of the space.
     """
 
     def __init__(
@@ -221,38 +224,36 @@ class EvolutionSearch(Searcher):
         initial: int = 16,
         parents: int = 8,
         mutation: float = 0.1,
+        prior: Tensor | None = None,
     ) -> None:
         if initial < 0 or parents < 1 or not 0 <= mutation <= 1:
             raise ConfigError("initial must be at least 0, parents at least 1, and mutation lie in [0, 1]")
+        if prior is not None:
+            _check_chances(prior, space)
         super().__init__(space, bounds, seed)
         self.initial = initial
         self.parents = parents
         self.mutation = mutation
+        self.prior = prior
 
     def _propose(self, n: int) -> Sequence[Widths]:
         if not self.told:
-            return self._anything(n)
+            return self._first(n)
         known = len(self.told.keys() | self._asked.keys())
         random = min(max(self.initial - known, 0), n)
         best = self._by_quality()[: self.parents]
-        bred = self._bred(self._encoded(best), 2 * (n - random))
-        return [*(self._anything(random)[:random] if random else []), *bred]
+        children = self._bred(self._encoded(best), 2 * (n - random))
+        return [*(self._first(random)[:random] if random else []), *children]
+
+    def _first(self, n: int) -> list[Widths]:
+        """n or more networks of the first generation."""
+        if self.prior is None:
+            return self._anything(n)
+        return self._projected(draw(self.space, self.prior, max(2 * n, _FEW), self.generator))
 
     def _bred(self, parents: Tensor, n: int) -> list[Widths]:
-        """n children of parents (P, G), in turns by mutation and by crossover."""
-        if n == 0:
-            return []
-        free = self.space.padded_choices()[1] > 1
-        first = parents[torch.randint(len(parents), (n,), generator=self.generator)]
-        second = parents[torch.randint(len(parents), (n,), generator=self.generator)]
-        changed = torch.rand(first.shape, generator=self.generator) < self.mutation
-        if free.any():
-            one = torch.multinomial(free.float(), n, replacement=True, generator=self.generator)
-            changed[torch.arange(n), one] = True
-        mutants = first.where(~changed, self._drawn(n))
-        crossed = first.where(torch.rand(first.shape, generator=self.generator) < 0.5, second)
-        alternate = (torch.arange(n) % 2 == 0).unsqueeze(1)
-        return self._projected(mutants.where(alternate, crossed))
+        """n children of parents (P, G), fewer if some are alike."""
+        return self._projected(bred(parents, n, self.space, self.mutation, self.generator, self.prior))
 
 
 class GreedySearch(Searcher):
@@ -279,6 +280,40 @@ class GreedySearch(Searcher):
         return self._decoded(around[torch.randperm(len(around), generator=self.generator)])
 
 
+def bred(
+    parents: Tensor,
+    n: int,
+    space: WidthSpace,
+    mutation: float,
+    generator: torch.Generator,
+    prior: Tensor | None = None,
+) -> Tensor:
+    """Children (n, G) of networks (P, G), in turns by mutation and by crossover; not projected.
+
+    Args:
+        parents: Of a mutant any one, of a crossover any two; each width of it is that of either.
+        n: Children.
+        space: Of the widths.
+        mutation: Chance that a group of a mutant is drawn anew; one that has a choice always is.
+        generator: Of all that is drawn.
+        prior: Chances (G, K) of the choices that are drawn, as `tilted` gives them. Default: all alike.
+    """
+    if n == 0:
+        return parents[:0]
+    free = space.padded_choices()[1] > 1
+    first = parents[torch.randint(len(parents), (n,), generator=generator)]
+    second = parents[torch.randint(len(parents), (n,), generator=generator)]
+    changed = torch.rand(first.shape, generator=generator) < mutation
+    if free.any():
+        one = torch.multinomial(free.float(), n, replacement=True, generator=generator)
+        changed[torch.arange(n), one] = True
+    genes = draw_evenly(space, n, generator) if prior is None else draw(space, prior, n, generator)
+    mutants = first.where(~changed, genes)
+    crossed = first.where(torch.rand(first.shape, generator=generator) < 0.5, second)
+    alternate = (torch.arange(n) % 2 == 0).unsqueeze(1)
+    return mutants.where(alternate, crossed)
+
+
 def neighbours(network: Tensor, space: WidthSpace) -> tuple[Tensor, Tensor]:
     """Wishes (N, G) one option of one group away from a network (G,), and which group that is, (N, G)."""
     wishes, columns = [], []
@@ -297,3 +332,17 @@ def neighbours(network: Tensor, space: WidthSpace) -> tuple[Tensor, Tensor]:
     keep = torch.zeros(len(wishes), len(network), dtype=torch.bool)
     keep[torch.arange(len(wishes)), columns] = True
     return torch.stack(wishes), keep
+
+
+def _check_chances(chances: Tensor, space: WidthSpace) -> None:
+    choices, _ = space.padded_choices()
+    expected = tuple(choices.shape)
+    if tuple(chances.shape) != expected:
+        raise ConfigError(
+            f"prior: expected chances of shape {expected} (groups, choices), not {tuple(chances.shape)}"
+        )
+    there = choices.isfinite()
+    if not (torch.isfinite(chances) & (chances >= 0)).all() or (chances[~there] != 0).any():
+        raise ConfigError("prior: chances must be finite and not negative, and 0 where a group has no choice")
+    if not (chances.sum(1) > 0).all():
+        raise ConfigError("prior: every group needs a choice with a chance above 0")

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "files"),
     ("space", "cost"),
     ("supernet", "latency", "projection", "pool", "slimmable", "sampling", "steps", "bilevel", "evaluate"),
-    ("algorithms", "predict", "search"),
+    ("algorithms", "predict", "search", "guided"),
     ("models", "result", "problem", "study", "config", "data", "training", "plot", "plot_search", "report"),
     ("plugin",),
     ("cli",),

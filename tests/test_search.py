@@ -21,7 +21,7 @@ from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.cost import Bounds, Limit
 from nni_dbs.errors import BudgetError, TrainingError
-from nni_dbs.pool import draw, starting_points
+from nni_dbs.pool import draw, draw_evenly, starting_points
 from nni_dbs.predict import TransformerPredictor
 from nni_dbs.projection import project, project_batch
 from nni_dbs.search import EvolutionSearch, GreedySearch, PriorSearch, RandomSearch, Searcher, neighbours
@@ -393,7 +393,7 @@ class TestPriorSearch(SearcherContract):
         searcher = PriorSearch(space, bounds)
         drawn = draw(space, searcher.chances, 500, torch.Generator().manual_seed(0))
         used = bounds.used_batch(drawn).mean()
-        anything = bounds.used_batch(searcher._drawn(500)).mean()
+        anything = bounds.used_batch(draw_evenly(space, 500, searcher.generator)).mean()
         assert abs(float(used) - 1) < 0.15 < abs(float(anything) - 1)
 
 

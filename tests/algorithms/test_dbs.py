@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from nni_dbs import Budget, Widths, WidthSpace
-from nni_dbs.algorithms.dbs import DBSSearch, TrustRegion, latent_search, over_budget, relaxed_search
+from nni_dbs.algorithms.dbs import DBSSearch, latent_search, over_budget, relaxed_search
 from nni_dbs.cost import Bounds
 from nni_dbs.errors import BudgetError, ConfigError, UserError
+from nni_dbs.guided import TrustRegion
 from nni_dbs.pool import draw, tilted
 from nni_dbs.predict import TransformerPredictor, budget_excess, kendall_tau, posterior
 from nni_dbs.projection import project_batch
