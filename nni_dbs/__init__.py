@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nni_dbs.plugin.strategy import EvolutionStrategy as EvolutionStrategy
     from nni_dbs.plugin.strategy import TASStrategy as TASStrategy
     from nni_dbs.plugin.supernets import DBSPruner as DBSPruner
+    from nni_dbs.plugin.supernets import EvolutionPruner as EvolutionPruner
     from nni_dbs.plugin.tuner import WidthTuner as WidthTuner
     from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
@@ -42,6 +43,7 @@ _MODULES = {
     "ParamsCost": "nni_dbs.cost",
     "LatencyCost": "nni_dbs.latency",
     "DBSPruner": "nni_dbs.plugin.supernets",
+    "EvolutionPruner": "nni_dbs.plugin.supernets",
     "DMCPPruner": "nni_dbs.plugin.architecture",
     "DSAPruner": "nni_dbs.plugin.architecture",
     "TASPruner": "nni_dbs.plugin.architecture",

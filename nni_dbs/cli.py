@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="machine-readable output")
     plot = add("plot", _plot, "draw the pictures of a run again")
     plot.add_argument("directory", type=Path, metavar="DIR")
-    register = add("register", _register, "make the tuners DBS, DBSEvolution and DBSRandom known to nnictl")
+    register = add("register", _register, "make our tuners, such as DBS and DBSEvolution, known to nnictl")
     register.add_argument("--remove", action="store_true", help="take them out again")
     add("methods", _methods, "list the methods and when to use which")
     return parser

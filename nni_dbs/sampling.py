@@ -280,3 +280,6 @@ RULES: dict[str, Rule] = {
     "bcnet": lambda space, points, g, n: bcnet(space, g),
 }
 """How a supernet can be trained: (space, starting points, generator, drawn networks a step) -> steps."""
+
+RULES_OF_POINTS = ("spfs", "path_fair")
+"""Those of `RULES` that train starting points; the others train networks of the whole space."""

@@ -14,6 +14,7 @@ from typing import Any
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.files import write
+from nni_dbs.guided import GuidedEvolution
 from nni_dbs.problem import Problem
 from nni_dbs.result import append_search, load_search
 from nni_dbs.search import EvolutionSearch, GreedySearch, PriorSearch, RandomSearch, Searcher
@@ -25,6 +26,7 @@ SEARCHERS: dict[str, type[Searcher]] = {
     "dbs": DBSSearch,
     "evolution": EvolutionSearch,
     "greedy": GreedySearch,
+    "guided_evolution": GuidedEvolution,
     "prior": PriorSearch,
     "random": RandomSearch,
 }
@@ -42,15 +44,16 @@ class Study:
         problem: What to search.
         log: Path of the `search.jsonl`; what it holds already is known from the start. None: no files.
         budget: In place of the problem's own.
-        searcher: `dbs`, `evolution`, `greedy`, `prior` or `random`.
+        searcher: `dbs`, `evolution`, `greedy`, `guided_evolution`, `prior` or `random`.
         seed: Of the searcher.
         per_round: How many networks the searcher is asked for at a time; each time it learns from all results
             so far.
         optimize_mode: `maximize` or `minimize`, of the scores.
         resumed: Networks that were proposed before, and have no result, are still being evaluated. Otherwise
             they will be proposed again, first.
-        options: The searcher's own: `points`, `latent`, `starts`, `fresh`, `optimism` (dbs), `initial`,
-            `parents`, `mutation` (evolution).
+        options: The searcher's own: `points`, `starts`, `fresh`, `optimism` (dbs, guided_evolution), `latent`
+            (dbs), `population`, `generations` (guided_evolution), `initial`, `parents` (evolution),
+            `mutation` (both evolutions).
 
     Attributes:
         searcher: That proposes.

@@ -468,7 +468,7 @@ def test_the_teacher_matters(learnt: Path, tmp_path: Path) -> None:
 def test_methods_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("dbs", "dmcp", "tas", "dsa", "uniform", "random"))
+    assert all(name in text for name in ("dbs", "evolution", "dmcp", "tas", "dsa", "uniform", "random"))
 
 
 def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

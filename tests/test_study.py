@@ -37,7 +37,9 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def small_options(searcher: str) -> dict[str, Any]:
-    return {"points": 6} if searcher == "dbs" else {"initial": 6} if searcher == "evolution" else {}
+    few = {"points": 6}
+    options = {"dbs": few, "guided_evolution": {**few, "generations": 4}, "evolution": {"initial": 6}}
+    return options.get(searcher, {})
 
 
 def test_a_loaded_problem_is_the_same_integer_for_integer(tmp_path: Path) -> None:
@@ -368,6 +370,10 @@ def test_budgets_without_a_member_or_a_meaning_are_refused(tmp_path: Path) -> No
         ({"per_round": 0}, "per_round must be at least 1"),
         ({"optimize_mode": "max"}, "maximize or minimize"),
         ({"searcher": "evolution", "mutation": 2}, "mutation"),
+        ({"searcher": "evolution", "generations": 2}, "'evolution' has no option 'generations'"),
+        ({"searcher": "evolution", "prior": [[0.5, 0.5]]}, "'evolution' has no option 'prior'"),
+        ({"searcher": "guided_evolution", "generations": 0}, "generations at least 1"),
+        ({"searcher": "guided_evolution", "latent": True}, "no option 'latent'"),
     ],
 )
 def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:

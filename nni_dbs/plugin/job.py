@@ -31,7 +31,7 @@ from nni_dbs.plugin.architecture import ArchitecturePruner, DMCPPruner, DSAPrune
 from nni_dbs.plugin.experiment import NNIExecutor
 from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
 from nni_dbs.plugin.searching import Executor, RandomPruner, SearchPruner
-from nni_dbs.plugin.supernets import DBSPruner
+from nni_dbs.plugin.supernets import DBSPruner, EvolutionPruner
 from nni_dbs.report import Row, write_pictures, write_report
 from nni_dbs.result import (
     load_groups,
@@ -56,7 +56,8 @@ from nni_dbs.training import (
 from torch_pruning_adapters.errors import nearest
 
 METHODS: dict[str, type[WidthPruner]] = {
-    p.method: p for p in (DBSPruner, DMCPPruner, TASPruner, DSAPruner, UniformPruner, RandomPruner)
+    p.method: p
+    for p in (DBSPruner, EvolutionPruner, DMCPPruner, TASPruner, DSAPruner, UniformPruner, RandomPruner)
 }
 
 _TRAINED = {"finetune": "fine-tuned", "scratch": "from scratch", "distill": "distilled"}

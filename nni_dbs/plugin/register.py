@@ -15,7 +15,12 @@ from nni.tools.package_utils import AlgoMeta, get_algo_meta, register_algo_meta,
 
 from nni_dbs.errors import ConfigError
 
-NAMES = {"DBS": "dbs", "DBSEvolution": "evolution", "DBSRandom": "random"}
+NAMES = {
+    "DBS": "dbs",
+    "DBSEvolution": "evolution",
+    "DBSGuidedEvolution": "guided_evolution",
+    "DBSRandom": "random",
+}
 _CLASS = "nni_dbs.plugin.tuner.WidthTuner"
 
 

@@ -12,10 +12,13 @@ from torch import nn
 
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.errors import ConfigError
+from nni_dbs.guided import GuidedEvolution, GuidedSearch
 from nni_dbs.plugin.evaluator import train_supernet
 from nni_dbs.plugin.searching import CALIBRATION_STEPS, EvaluatingPruner, SearchPruner
+from nni_dbs.pool import starting_points
 from nni_dbs.predict import TransformerPredictor
-from nni_dbs.sampling import RULES, Step
+from nni_dbs.sampling import RULES, RULES_OF_POINTS, Step
+from nni_dbs.search import EvolutionSearch, Searcher
 from nni_dbs.space import Widths
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters.errors import nearest
@@ -84,7 +87,45 @@ class SupernetPruner(EvaluatingPruner):
         return RULES[self.rule](self.space, points, generator, per_step)
 
 
-class DBSPruner(SupernetPruner, SearchPruner):
+class SupernetSearchPruner(SupernetPruner, SearchPruner):
+    """What the pruners share that train a supernet and search in it with a `Searcher`."""
+
+    def _points(self, searcher: Searcher) -> Sequence[Widths]:
+        """Those that the supernet is trained on, by the rules that have some: where the search begins."""
+        if isinstance(searcher, GuidedSearch):
+            return searcher.points
+        return ()
+
+    def _choose(self, model: nn.Module) -> Widths:
+        with self._stage("points"):
+            searcher = self._searcher()
+            points = self._points(searcher)
+        if points:
+            self.counts["starting points"] = len(points)
+        self._train(model, points)
+        widths = self._search(model, searcher)
+        if isinstance(searcher, GuidedSearch):
+            self.counts["fits"] = len(searcher.fits)
+        self._searched = searcher
+        return widths
+
+    def _compress(self) -> None:
+        super()._compress()
+        if not isinstance(self._searched, GuidedSearch):
+            return
+        predicted, measured, in_band = self._searched.held_out
+        self.result.fits = [
+            {name: None if math.isnan(value) else value for name, value in fit.items()}
+            for fit in self._searched.fits
+        ]
+        self.result.held_out = {
+            "predicted": predicted.tolist(),
+            "measured": measured.tolist(),
+            "in_band": in_band.tolist(),
+        }
+
+
+class DBSPruner(SupernetSearchPruner):
     """DBS: differentiable budget-aware search of the widths, in a supernet of the user's own model.
 
     The method of choice: `compress(max_steps, max_epochs)` draws starting points near the budget, trains the
@@ -164,25 +205,95 @@ class DBSPruner(SupernetPruner, SearchPruner):
             "latent": self.latent,
         }
 
-    def _choose(self, model: nn.Module) -> Widths:
-        with self._stage("points"):
-            searcher = self._searcher()
-        self.counts["starting points"] = len(searcher.points)
-        self._train(model, searcher.points)
-        widths = self._search(model, searcher)
-        self.counts["fits"] = len(searcher.fits)
-        self._searched = searcher
-        return widths
 
-    def _compress(self) -> None:
-        super()._compress()
-        predicted, measured, in_band = self._searched.held_out
-        self.result.fits = [
-            {name: None if math.isnan(value) else value for name, value in fit.items()}
-            for fit in self._searched.fits
-        ]
-        self.result.held_out = {
-            "predicted": predicted.tolist(),
-            "measured": measured.tolist(),
-            "in_band": in_band.tolist(),
-        }
+class EvolutionPruner(SupernetSearchPruner):
+    """Evolutionary search in a supernet of the user's own model, with or without a predictor.
+
+    The classical search, which others are compared with: `compress(max_steps, max_epochs)` trains the model
+    as a supernet for that long, by default by the sandwich rule, and evaluates networks in rounds; the best
+    of them breed by mutation and crossover. With `predictor`, evolution runs on a predictor that is fitted to
+    all evaluations, and only what it promises most of is evaluated, as Once-for-All searches: better than
+    without at equal numbers of evaluations.
+
+    Sources: MetaPruning and BCNet for the evolution, Once-for-All for that on a predictor; projection in
+    place of rejection, the rounds, and all numbers but the mutants' are of this package.
+
+    Args:
+        evaluations: Networks to evaluate altogether, the initial ones included.
+        per_round: Networks of a round.
+        predictor: Breed on a predictor, by `GuidedEvolution`; else by `EvolutionSearch`.
+        initial: Networks before evolution begins. With a predictor, and for a rule that trains starting
+            points, these are so many.
+        parents: The best so many breed; without a predictor. Default: 8.
+        mutation: Chance that a group of a mutant is drawn anew.
+        rule, per_step: See `SupernetPruner`.
+        calibration_steps: See `EvaluatingPruner`.
+        kwargs: See `WidthPruner`.
+    """
+
+    method = "evolution"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        evaluations: int = 96,
+        per_round: int = 8,
+        predictor: bool = False,
+        initial: int = 16,
+        parents: int | None = None,
+        mutation: float = 0.1,
+        rule: str = "sandwich",
+        per_step: int = 2,
+        calibration_steps: int = CALIBRATION_STEPS,
+        **kwargs: Any,
+    ) -> None:
+        if initial < 1 or evaluations < initial:
+            raise ConfigError(
+                f"evaluations ({evaluations}) count the initial networks ({initial}), which are at least 1"
+            )
+        if predictor and parents is not None:
+            raise ConfigError("parents: with a predictor a quarter of the population breeds; leave it out")
+        if parents is not None and parents < 1:
+            raise ConfigError(f"parents must be at least 1, not {parents}")
+        if not 0 <= mutation <= 1:
+            raise ConfigError(f"mutation must lie in [0, 1], not {mutation}")
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            rule=rule,
+            per_step=per_step,
+            evaluations=evaluations,
+            per_round=per_round,
+            calibration_steps=calibration_steps,
+            **kwargs,
+        )
+        self.predictor = predictor
+        self.initial = initial
+        self.parents = 8 if parents is None else parents
+        self.mutation = mutation
+
+    def _options(self) -> dict[str, Any]:
+        """Of the searcher."""
+        if self.predictor:
+            return {"points": self.initial, "mutation": self.mutation}
+        return {"initial": self.initial, "parents": self.parents, "mutation": self.mutation}
+
+    def _searcher(self) -> Searcher:
+        kind = GuidedEvolution if self.predictor else EvolutionSearch
+        return kind(self.space, self.bounds, self.seed, **self._options())
+
+    def tuner_arguments(self) -> dict[str, Any]:
+        name = "guided_evolution" if self.predictor else "evolution"
+        return {"searcher": name, "seed": self.seed, "per_round": self.per_round, **self._options()}
+
+    def _points(self, searcher: Searcher) -> Sequence[Widths]:
+        if self.predictor or self.rule not in RULES_OF_POINTS:
+            return super()._points(searcher)
+        generator = torch.Generator().manual_seed(self.seed)
+        return starting_points(self.space, self.bounds, self.initial, generator)
