@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nni_dbs.plugin.nas import WidthModelSpace as WidthModelSpace
     from nni_dbs.plugin.pruner import UniformPruner as UniformPruner
     from nni_dbs.plugin.searching import RandomPruner as RandomPruner
+    from nni_dbs.plugin.slimming import AutoSlimPruner as AutoSlimPruner
     from nni_dbs.plugin.strategy import DBSStrategy as DBSStrategy
     from nni_dbs.plugin.strategy import DMCPStrategy as DMCPStrategy
     from nni_dbs.plugin.strategy import DSAStrategy as DSAStrategy
@@ -42,6 +43,7 @@ _MODULES = {
     "FlopsCost": "nni_dbs.cost",
     "ParamsCost": "nni_dbs.cost",
     "LatencyCost": "nni_dbs.latency",
+    "AutoSlimPruner": "nni_dbs.plugin.slimming",
     "DBSPruner": "nni_dbs.plugin.supernets",
     "EvolutionPruner": "nni_dbs.plugin.supernets",
     "DMCPPruner": "nni_dbs.plugin.architecture",

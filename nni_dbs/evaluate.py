@@ -129,3 +129,16 @@ def recalibrate_batchnorm(
                 break
         if seen == 0:
             raise ValueError("no batches to recalibrate BatchNorm from; give at least one")
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Make the BatchNorm layers of `model` normalise by each batch's own statistics, in eval mode too.
+
+    For good: they lose their running statistics, so use it on a copy. Outputs then depend on what shares a
+    batch, which should be large and not sorted by class; a single image whose feature map is one pixel has
+    no statistics (PyTorch raises ValueError). AutoSlim scores its networks so (arXiv 1903.11728).
+    """
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+            layer.track_running_stats = False

@@ -31,6 +31,7 @@ from nni_dbs.plugin.architecture import ArchitecturePruner, DMCPPruner, DSAPrune
 from nni_dbs.plugin.experiment import NNIExecutor
 from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
 from nni_dbs.plugin.searching import Executor, RandomPruner, SearchPruner
+from nni_dbs.plugin.slimming import AutoSlimPruner
 from nni_dbs.plugin.supernets import DBSPruner, EvolutionPruner
 from nni_dbs.report import Row, write_pictures, write_report
 from nni_dbs.result import (
@@ -57,7 +58,16 @@ from torch_pruning_adapters.errors import nearest
 
 METHODS: dict[str, type[WidthPruner]] = {
     p.method: p
-    for p in (DBSPruner, EvolutionPruner, DMCPPruner, TASPruner, DSAPruner, UniformPruner, RandomPruner)
+    for p in (
+        DBSPruner,
+        EvolutionPruner,
+        AutoSlimPruner,
+        DMCPPruner,
+        TASPruner,
+        DSAPruner,
+        UniformPruner,
+        RandomPruner,
+    )
 }
 
 _TRAINED = {"finetune": "fine-tuned", "scratch": "from scratch", "distill": "distilled"}
@@ -200,7 +210,11 @@ def prune(
     """
     pruner_class = method(config.method)
     if config.executor == "nni" and not issubclass(pruner_class, SearchPruner):
-        raise ConfigError(f"executor: method {config.method!r} scores no networks, so nni has nothing to run")
+        able = " and ".join(name for name, p in METHODS.items() if issubclass(p, SearchPruner))
+        raise ConfigError(
+            f"executor: an NNI experiment scores the networks of {able}; method {config.method!r} asks for "
+            "none of it: set executor=local"
+        )
     if config.executor == "nni" and executor is None:
         executor = NNIExecutor(config, out, quiet)
     if not resume and any((out / name).exists() for name in ("checkpoint", "search.jsonl", "result.json")):

@@ -74,9 +74,14 @@ class EvaluatingPruner(WidthPruner):
 
     def _score(self, small: nn.Module) -> float:
         assert self.evaluator is not None
-        if self.calibration_steps:
-            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
+        self._recalibrate(small)
         return score(self.evaluator, small)
+
+    def _recalibrate(self, small: nn.Module) -> None:
+        """Gives the BatchNorms of a cut network statistics of its own."""
+        if self.calibration_steps:
+            assert self.evaluator is not None
+            recalibrate_batchnorm(self.evaluator, small, self.calibration_steps)
 
     def _record(self, widths: Widths, score: float, stage: str) -> None:
         """Appends an evaluated network to the log."""

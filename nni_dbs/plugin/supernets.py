@@ -81,6 +81,13 @@ class SupernetPruner(EvaluatingPruner):
             self.evaluator.unbind_model()
         self.counts["supernet steps"] = step.taken
 
+    def _starting_points(self, n: int) -> Sequence[Widths]:
+        """For a rule that trains some, where the search itself has none."""
+        if self.rule not in RULES_OF_POINTS:
+            return ()
+        generator = torch.Generator().manual_seed(self.seed)
+        return starting_points(self.space, self.bounds, n, generator)
+
     def _steps(self, points: Sequence[Widths]) -> Iterator[Step]:
         generator = torch.Generator().manual_seed(self.seed)
         per_step = min(self.per_step, len(points)) if points else self.per_step
@@ -293,7 +300,4 @@ class EvolutionPruner(SupernetSearchPruner):
         return {"searcher": name, "seed": self.seed, "per_round": self.per_round, **self._options()}
 
     def _points(self, searcher: Searcher) -> Sequence[Widths]:
-        if self.predictor or self.rule not in RULES_OF_POINTS:
-            return super()._points(searcher)
-        generator = torch.Generator().manual_seed(self.seed)
-        return starting_points(self.space, self.bounds, self.initial, generator)
+        return super()._points(searcher) or self._starting_points(self.initial)

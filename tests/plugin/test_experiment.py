@@ -306,7 +306,11 @@ def test_prepare_writes_an_experiment_that_nni_accepts(
         ({"experiment": {"service": {"platform": "remote"}}}, "service: give nniManagerIp"),
         ({"experiment": {"service": {"platform": "local", "gpus": 2}}}, "experiment.service: NNI refuses"),
         ({"experiment": {"service": {}}}, "name its platform"),
-        ({"method": "uniform", "options": {}}, "'uniform' scores no networks"),
+        (
+            {"method": "uniform", "options": {}},
+            "the networks of dbs and random; method 'uniform' asks for none",
+        ),
+        ({"method": "autoslim", "options": {}}, "method 'autoslim' asks for none of it: set executor=local"),
         ({"budget": {"flops": 0.5, "latency_ms": 3}}, "set executor=local"),
     ],
 )
