@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from nni_dbs.plugin.strategy import TASStrategy as TASStrategy
     from nni_dbs.plugin.supernets import DBSPruner as DBSPruner
     from nni_dbs.plugin.supernets import EvolutionPruner as EvolutionPruner
+    from nni_dbs.plugin.supernets import PSENetPruner as PSENetPruner
     from nni_dbs.plugin.tuner import WidthTuner as WidthTuner
     from nni_dbs.projection import project as project
     from nni_dbs.result import load_pruned as load_pruned
@@ -49,6 +50,7 @@ _MODULES = {
     "DMCPPruner": "nni_dbs.plugin.architecture",
     "DSAPruner": "nni_dbs.plugin.architecture",
     "TASPruner": "nni_dbs.plugin.architecture",
+    "PSENetPruner": "nni_dbs.plugin.supernets",
     "RandomPruner": "nni_dbs.plugin.searching",
     "UniformPruner": "nni_dbs.plugin.pruner",
     "DBSStrategy": "nni_dbs.plugin.strategy",

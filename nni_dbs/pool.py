@@ -8,6 +8,7 @@ projected into the budget. Nothing is drawn in vain, at any budget.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from scipy.optimize import brentq
@@ -35,8 +36,8 @@ def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tens
         space: The space.
         bounds: The budget; of several limits the one that is tightest at the time counts.
         target: Share of the budget. Where the space cannot reach it, the chances pile up at its end.
-        errors: E (G, K), what a choice is expected to lose; T is its standard deviation. Default: nothing is
-            known.
+        errors: E (G, K), what a choice is expected to lose; T is its standard deviation over
+            the groups that have a choice. Default: nothing is known.
 
     Returns:
         (G, K) float64 as `WidthSpace.padded_choices`, 0 in the padding; rows sum to 1.
@@ -47,7 +48,8 @@ def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tens
     loss = torch.zeros_like(choices)
     if errors is not None:
         loss = (errors - errors.where(valid, torch.inf).amin(1, keepdim=True)).where(valid, 0)
-        loss = loss / (errors[valid].std() + 1e-12)
+        free = valid & (counts > 1).unsqueeze(1)
+        loss = loss / (errors[free].std(correction=0) + 1e-12) if free.any() else loss
 
     def chances(tilt: float) -> Tensor:
         p = valid / counts.unsqueeze(1).to(torch.float64)
@@ -80,6 +82,28 @@ def _share(p: Tensor, choices: Tensor, bounds: Bounds) -> Tensor:
         for _, cost, most in bounds.limits
     ]
     return torch.stack(shares).max()
+
+
+def chances_by_width(space: WidthSpace, chances: Tensor) -> dict[str, dict[int, float]]:
+    """Chances (G, K) as a mapping group name -> width -> chance."""
+    return {
+        name: dict(zip(space.choices(name), row.tolist(), strict=False))
+        for name, row in zip(space.names, chances, strict=True)
+    }
+
+
+def chances_of(space: WidthSpace, by_width: Mapping[str, Mapping[int, float]]) -> Tensor:
+    """The inverse of `chances_by_width`, also for a part of the space: (G, K), 0 in the padding.
+
+    Where none of a group's choices has a chance, all have the same.
+    """
+    choices, counts = space.padded_choices()
+    chances = torch.zeros_like(choices)
+    for row, name, count in zip(chances, space.names, counts, strict=True):
+        known = by_width.get(name, {})
+        row[:count] = torch.tensor([known.get(width, 0.0) for width in space.choices(name)])
+        row[:count] = row[:count] / row.sum() if row.sum() > 0 else 1 / count
+    return chances
 
 
 def draw(space: WidthSpace, chances: Tensor, n: int, generator: torch.Generator) -> Tensor:

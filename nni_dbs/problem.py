@@ -27,12 +27,15 @@ class Problem:
         costs: FLOPs and parameters, by kind. Latency is not among them: it belongs to one machine.
         order: Which channels of each group come first, as `shrink` takes it.
         budget: As `Budget.parse` takes it.
+        prior: Group name -> width -> chance, where something is known of the widths before the search, as
+            `nni_dbs.pool.chances_by_width` gives it; for an evolutionary search (PSE-Net).
     """
 
     space: WidthSpace
     costs: Mapping[str, PolynomialCost]
     order: Order
     budget: float | str | dict[str, float | str]
+    prior: Mapping[str, Mapping[int, float]] | None = None
 
     def bounds(self, budget: float | str | Mapping[str, float | str] | None = None) -> Bounds:
         """The budget, or another one, on this model.
@@ -52,6 +55,7 @@ class Problem:
             "costs": {kind: cost.to_dict() for kind, cost in self.costs.items()},
             "order": {name: np.asarray(ranked).tolist() for name, ranked in self.order.items()},
             "budget": self.budget,
+            "prior": self.prior,
         }
         write(Path(path), lambda temporary: temporary.write_text(json.dumps(data)))
 
@@ -67,7 +71,7 @@ class Problem:
             groups = tuple(ChannelGroup.from_dict(g) for g in data["groups"])
             space = WidthSpace(groups).among(data["choices"])
             costs = {kind: PolynomialCost.from_dict(groups, cost) for kind, cost in data["costs"].items()}
-            return cls(space, costs, data["order"], data["budget"])
+            return cls(space, costs, data["order"], data["budget"], _read_prior(data.get("prior")))
         except OSError as error:
             raise ResultError(
                 f"cannot read {path}: {error.strerror or error}; nni-dbs prepare writes it"
@@ -75,3 +79,10 @@ class Problem:
         except (WidthError, ValueError, TypeError, KeyError, AttributeError) as error:
             reason = " ".join(repr(error).split())[:200]
             raise ResultError(f"{path} is damaged ({reason}); nni-dbs prepare writes it anew") from error
+
+
+def _read_prior(data: Mapping[str, Mapping[str, float]] | None) -> dict[str, dict[int, float]] | None:
+    """JSON has texts as keys."""
+    if data is None:
+        return None
+    return {name: {int(width): float(chance) for width, chance in row.items()} for name, row in data.items()}

@@ -53,6 +53,7 @@ class Result:
         held_out: Predicted and measured scores of the last fit, and which are in the band.
         architecture: Of the steps on an architecture, at most 200 of them: progress of the training, loss of
             the task, and expected share of the budget.
+        prior: The chances that a search began with: group name -> width -> chance.
         seconds: Wall time of each stage.
         device: Where it ran.
         versions: Of the packages that matter.
@@ -76,6 +77,7 @@ class Result:
     fits: list[dict[str, float | None]] = field(default_factory=list)
     held_out: dict[str, list[float] | list[bool]] = field(default_factory=dict)
     architecture: list[dict[str, float]] = field(default_factory=list)
+    prior: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=lambda: package_versions())

@@ -15,6 +15,7 @@ from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.errors import ConfigError, TrainingError
 from nni_dbs.files import write
 from nni_dbs.guided import GuidedEvolution
+from nni_dbs.pool import chances_of
 from nni_dbs.problem import Problem
 from nni_dbs.result import append_search, load_search
 from nni_dbs.search import EvolutionSearch, GreedySearch, PriorSearch, RandomSearch, Searcher
@@ -85,7 +86,8 @@ class Study:
         self.log = log
         self.per_round = per_round
         self.scores: dict[Widths, float] = {}
-        self._make = lambda space: SEARCHERS[searcher](space, self.bounds, seed, **options)
+        self._class = SEARCHERS[searcher]
+        self._options: dict[str, Any] = {"seed": seed, **options}
         self._sign = 1 if optimize_mode == "maximize" else -1
         self._rows: dict[Widths, dict[str, Any]] = {}  # of results.csv: what was proposed or told, in order
         self._pending: set[Widths] = set()  # proposed, and evaluated at present
@@ -170,6 +172,12 @@ class Study:
             if score is not None:
                 self._remember(network, score)
         self._go_on(resumed=False)
+
+    def _make(self, space: WidthSpace) -> Searcher:
+        prior = self.problem.prior
+        if self._class is EvolutionSearch and prior is not None:
+            return EvolutionSearch(space, self.bounds, prior=chances_of(space, prior), **self._options)
+        return self._class(space, self.bounds, **self._options)
 
     def _began(self, space: WidthSpace) -> Searcher:
         """A new searcher that knows all results."""

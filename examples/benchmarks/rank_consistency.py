@@ -59,7 +59,7 @@ from nni_dbs.training import accuracy, reinitialise, sgd, training_loop, trainin
 from torch_pruning_adapters import find_channel_groups, prefix_order, shrink
 
 BAND = (0.8, 1.05)  # of the budget
-RATES = (0.05, 0.1, 0.2)  # learning rates of supernets, of which each rule gets the best
+RATES = (0.025, 0.05, 0.1)  # learning rates of supernets, of which each rule gets the best
 TWICE = "parallel_twice"
 METHODS = ("uniform", "sandwich", "path_fair", "spfs", "parallel", TWICE, "bcnet")
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -77,7 +77,7 @@ class NNIExecutor:
     def prepare(self, pruner: SearchPruner, model: nn.Module) -> None:
         """Writes the experiment directory."""
         costs = {"flops": pruner.flops, "params": pruner.params}
-        problem = Problem(pruner.space, costs, pruner.order, self.config.budget)
+        problem = Problem(pruner.space, costs, pruner.order, self.config.budget, pruner.prior)
         problem.save(self.directory / "problem.json")
         write(self.directory / "config.yaml", lambda path: path.write_text(self.config.to_yaml()))
         write(self.directory / "weights.safetensors", lambda path: save_model(model, str(path)))

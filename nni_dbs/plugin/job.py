@@ -32,7 +32,7 @@ from nni_dbs.plugin.experiment import NNIExecutor
 from nni_dbs.plugin.pruner import UniformPruner, WidthPruner
 from nni_dbs.plugin.searching import Executor, RandomPruner, SearchPruner
 from nni_dbs.plugin.slimming import AutoSlimPruner
-from nni_dbs.plugin.supernets import DBSPruner, EvolutionPruner
+from nni_dbs.plugin.supernets import DBSPruner, EvolutionPruner, PSENetPruner
 from nni_dbs.report import Row, write_pictures, write_report
 from nni_dbs.result import (
     load_groups,
@@ -60,6 +60,7 @@ METHODS: dict[str, type[WidthPruner]] = {
     p.method: p
     for p in (
         DBSPruner,
+        PSENetPruner,
         EvolutionPruner,
         AutoSlimPruner,
         DMCPPruner,

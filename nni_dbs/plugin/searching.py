@@ -116,7 +116,12 @@ class SearchPruner(EvaluatingPruner):
         executor: Called once before the rounds, with this pruner and the model, to score networks elsewhere
             and add them to `log` (which it needs); the rounds evaluate what is still missing.
         kwargs: See `WidthPruner`.
+
+    Attributes:
+        prior: What is known of the widths before the search: group name -> width -> chance.
     """
+
+    prior: dict[str, dict[int, float]] | None = None
 
     def __init__(
         self,

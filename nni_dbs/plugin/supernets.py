@@ -11,15 +11,17 @@ from nni.compression.utils.evaluator import Evaluator
 from torch import nn
 
 from nni_dbs.algorithms.dbs import DBSSearch
+from nni_dbs.algorithms.pse_net import PSENetStep, WidthRecords
 from nni_dbs.errors import ConfigError
 from nni_dbs.guided import GuidedEvolution, GuidedSearch
 from nni_dbs.plugin.evaluator import train_supernet
 from nni_dbs.plugin.searching import CALIBRATION_STEPS, EvaluatingPruner, SearchPruner
-from nni_dbs.pool import starting_points
+from nni_dbs.pool import chances_by_width, chances_of, starting_points, tilted
 from nni_dbs.predict import TransformerPredictor
 from nni_dbs.sampling import RULES, RULES_OF_POINTS, Step
 from nni_dbs.search import EvolutionSearch, Searcher
 from nni_dbs.space import Widths
+from nni_dbs.steps import SupernetStep
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters.errors import nearest
 
@@ -74,12 +76,15 @@ class SupernetPruner(EvaluatingPruner):
         try:
             with (
                 self._stage("supernet"),
-                train_supernet(self.evaluator, supernet, self._steps(points)) as step,
+                train_supernet(self.evaluator, supernet, self._steps(points), make=self._make_step) as step,
             ):
                 self.evaluator.train(max_steps, max_epochs)
         finally:
             self.evaluator.unbind_model()
         self.counts["supernet steps"] = step.taken
+
+    def _make_step(self, *args: Any) -> SupernetStep:
+        return SupernetStep(*args)
 
     def _starting_points(self, n: int) -> Sequence[Widths]:
         """For a rule that trains some, where the search itself has none."""
@@ -258,16 +263,10 @@ class EvolutionPruner(SupernetSearchPruner):
         calibration_steps: int = CALIBRATION_STEPS,
         **kwargs: Any,
     ) -> None:
-        if initial < 1 or evaluations < initial:
-            raise ConfigError(
-                f"evaluations ({evaluations}) count the initial networks ({initial}), which are at least 1"
-            )
         if predictor and parents is not None:
             raise ConfigError("parents: with a predictor a quarter of the population breeds; leave it out")
-        if parents is not None and parents < 1:
-            raise ConfigError(f"parents must be at least 1, not {parents}")
-        if not 0 <= mutation <= 1:
-            raise ConfigError(f"mutation must lie in [0, 1], not {mutation}")
+        parents = 8 if parents is None else parents
+        _check_evolution(evaluations, initial, parents, mutation)
         super().__init__(
             model,
             config_list,
@@ -282,7 +281,7 @@ class EvolutionPruner(SupernetSearchPruner):
         )
         self.predictor = predictor
         self.initial = initial
-        self.parents = 8 if parents is None else parents
+        self.parents = parents
         self.mutation = mutation
 
     def _options(self) -> dict[str, Any]:
@@ -301,3 +300,108 @@ class EvolutionPruner(SupernetSearchPruner):
 
     def _points(self, searcher: Searcher) -> Sequence[Widths]:
         return super()._points(searcher) or self._starting_points(self.initial)
+
+
+class PSENetPruner(SupernetPruner, SearchPruner):
+    """PSE-Net: parallel sub-networks train the supernet, and their losses guide an evolutionary search.
+
+    The shortest training of a supernet: `compress(max_steps, max_epochs)` runs the largest network, the
+    smallest and `per_step` random ones on parts of each batch, all in one pass at full width. What the parts
+    lose, by the width of each group, becomes a prior distribution of the widths inside of the budget. From
+    there evolution draws its first networks and the new genes of its mutants, and evaluates networks in
+    rounds. Give the evaluator batches that `per_step + 2` divides, with 16 images or more for each network.
+
+    Sources and reconstructions: `nni_dbs.algorithms.pse_net`.
+
+    Args:
+        evaluations: Networks to evaluate altogether, the initial ones included.
+        per_round: Networks of a round.
+        initial: Networks before evolution begins.
+        parents: The best so many breed.
+        mutation: Chance that a group of a mutant is drawn anew.
+        per_step: See `SupernetPruner`.
+        calibration_steps: See `EvaluatingPruner`.
+        kwargs: See `WidthPruner`.
+
+    Attributes:
+        records: The losses of the training, after `compress`.
+    """
+
+    method = "pse_net"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config_list: list[dict],
+        evaluator: Evaluator,
+        existed_wrappers: dict | None = None,
+        *,
+        evaluations: int = 96,
+        per_round: int = 8,
+        initial: int = 16,
+        parents: int = 8,
+        mutation: float = 0.1,
+        per_step: int = 2,
+        calibration_steps: int = CALIBRATION_STEPS,
+        **kwargs: Any,
+    ) -> None:
+        _check_evolution(evaluations, initial, parents, mutation)
+        if "rule" in kwargs:
+            raise ConfigError("rule: PSE-Net trains parallel networks; EvolutionPruner has a choice of rules")
+        super().__init__(
+            model,
+            config_list,
+            evaluator,
+            existed_wrappers,
+            rule="parallel",
+            per_step=per_step,
+            evaluations=evaluations,
+            per_round=per_round,
+            calibration_steps=calibration_steps,
+            **kwargs,
+        )
+        self.initial = initial
+        self.parents = parents
+        self.mutation = mutation
+        self.records = WidthRecords(self.space)
+
+    def _make_step(self, *args: Any) -> SupernetStep:
+        return PSENetStep(*args, records=self.records)
+
+    def _options(self) -> dict[str, Any]:
+        return {"initial": self.initial, "parents": self.parents, "mutation": self.mutation}
+
+    def _searcher(self) -> Searcher:
+        prior = None if self.prior is None else chances_of(self.space, self.prior)
+        return EvolutionSearch(self.space, self.bounds, self.seed, prior=prior, **self._options())
+
+    def tuner_arguments(self) -> dict[str, Any]:
+        return {"searcher": "evolution", "seed": self.seed, "per_round": self.per_round, **self._options()}
+
+    def _choose(self, model: nn.Module) -> Widths:
+        self.records = WidthRecords(self.space)
+        self._train(model, ())
+        with self._stage("search"):
+            chances = tilted(self.space, self.bounds, errors=self.records.errors)
+            self.prior = chances_by_width(self.space, chances)
+            searcher = self._searcher()
+        return self._search(model, searcher)
+
+    def _compress(self) -> None:
+        super()._compress()
+        assert self.prior is not None
+        self.result.prior = {
+            name: {str(width): chance for width, chance in row.items()} for name, row in self.prior.items()
+        }
+
+
+def _check_evolution(evaluations: int, initial: int, parents: int, mutation: float) -> None:
+    """Raises `ConfigError` for options out of their range."""
+    if initial < 1 or evaluations < initial:
+        raise ConfigError(
+            f"evaluations ({evaluations}) count the initial networks ({initial}), which are at least 1"
+        )
+    if parents < 1:
+        raise ConfigError(f"parents must be at least 1, not {parents}")
+    if not 0 <= mutation <= 1:
+        raise ConfigError(f"mutation must lie in [0, 1], not {mutation}")
