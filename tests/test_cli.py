@@ -18,7 +18,7 @@ import nni_dbs.latency
 from nni_dbs import load_pruned
 from nni_dbs.cli import main
 from nni_dbs.plugin import job
-from nni_dbs.plugin.searching import SearchPruner
+from nni_dbs.plugin.searching import EvaluatingPruner
 from nni_dbs.training import reinitialise
 
 ROOT = Path(__file__).parent.parent
@@ -308,16 +308,39 @@ def _killed(*args: Any, **kwargs: Any) -> None:
 
 
 def _kill_after_networks(patch: pytest.MonkeyPatch, count: int) -> None:
-    record, left = SearchPruner._record, count
+    record, left = EvaluatingPruner._record, count
 
-    def killed(self: SearchPruner, *args: Any) -> None:
+    def killed(self: EvaluatingPruner, *args: Any) -> None:
         nonlocal left
         record(self, *args)
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
 
-    patch.setattr(SearchPruner, "_record", killed)
+    patch.setattr(EvaluatingPruner, "_record", killed)
+
+
+def test_autoslim_killed_while_it_slims_resumes_to_the_same_run(searched: Path, tmp_path: Path) -> None:
+    """Also: what its log has above the budget, the pictures show."""
+    shorter = [
+        f"{stage}.epochs={epochs}" for stage, epochs in (("train", 0), ("supernet", 1), ("finetune", 0))
+    ]
+    overrides = ["method=autoslim", "options={limit: 3}", *shorter]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert _prune(searched, whole, *overrides) == 0
+    result = _result(whole)
+    lines = [json.loads(line) for line in (whole / "search.jsonl").read_text().splitlines()]
+    assert result["method"] == "autoslim" and result["evaluations"] == len(lines)
+    assert lines[0]["stage"] == "round 1" and lines[0]["used"] > 1
+    assert result["widths"] in [line["widths"] for line in lines]
+    assert {"widths", "flops", "search", "front"} == {path.stem for path in whole.glob("*.png")}
+    for count in (3, len(lines) // 2):
+        with pytest.MonkeyPatch.context() as patch:
+            _kill_after_networks(patch, count)
+            with pytest.raises(KeyboardInterrupt):
+                _prune(searched, out, *overrides)
+    assert _prune(searched, out, *overrides) == 0
+    _assert_same_run(out, whole)
 
 
 @pytest.mark.parametrize(("final", "stage"), [("scratch", "from scratch"), ("distill", "distilled")])
@@ -468,7 +491,7 @@ def test_the_teacher_matters(learnt: Path, tmp_path: Path) -> None:
 def test_methods_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("dbs", "evolution", "dmcp", "tas", "dsa", "uniform", "random"))
+    assert all(f"{name}  (" in text for name in job.METHODS)
 
 
 def _fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from nni_dbs.data import digits, loader
-from nni_dbs.evaluate import cumulative_batchnorm, recalibrate_batchnorm, saw_batches, score
+from nni_dbs.evaluate import (
+    cumulative_batchnorm,
+    recalibrate_batchnorm,
+    saw_batches,
+    score,
+    use_batch_statistics,
+)
 from nni_dbs.sampling import sandwich
 from nni_dbs.space import WidthSpace
 from nni_dbs.steps import SupernetStep
@@ -317,3 +323,36 @@ def test_disjoint_calibration_images_agree_within_a_point() -> None:
         assert min(scores) > 90
     with supernet.at(widths):
         assert evaluate(model) < min(scores) - 5
+
+
+def test_batch_statistics_normalise_each_batch_by_itself() -> None:
+    model = make_model().eval()
+    first, second = make_batches(2)
+    with torch.no_grad():
+        kept = model(first)
+        use_batch_statistics(model)
+        expected = first
+        for layer in (model[0], model[1], model[2], model[4], model[5]):
+            if isinstance(layer, nn.BatchNorm2d):
+                mean = expected.mean((0, 2, 3), keepdim=True)
+                variance = expected.var((0, 2, 3), keepdim=True, unbiased=False)
+                normal = (expected - mean) / (variance + layer.eps).sqrt()
+                expected = normal * layer.weight.view(-1, 1, 1) + layer.bias.view(-1, 1, 1)
+            else:
+                expected = layer(expected)
+        found = model(first)
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(found, kept)
+        model.train()(second)  # leaves nothing behind
+        model.eval()(second)
+        assert torch.equal(model(first), found)
+    assert not list(model.buffers())
+    assert not saw_batches(model[1])
+
+
+def test_batch_statistics_leave_other_layers_alone() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Dropout(0.5)).eval()
+    images = make_batches(1)[0]
+    expected = model(images)
+    use_batch_statistics(model)
+    assert torch.equal(model(images), expected)
