@@ -24,11 +24,11 @@ class AutoSlimPruner(SupernetPruner):
 
     `compress(max_steps, max_epochs)` trains the model as a supernet for that long through the evaluator (by
     the sandwich rule). Then, from the full network on, every group is tried one option narrower, and the
-    network that scores best is kept, until the budget is; what the last step left of it, the network grows
-    into. `within` gives the networks of larger budgets, at no further evaluation.
+    best of these networks is the next, until one keeps the budget. It grows in its shape to fill what the
+    last step left over. `within` gives the networks of larger budgets, at no further evaluation.
 
-    For several budgets, or to see what each costs: a step takes about as many evaluations as there are
-    groups. The scores alone decide, and of equal ones the first group's counts: give the evaluator a metric
+    For several budgets, or to see what each costs: a step takes as many evaluations as groups can still be
+    narrowed. The scores alone decide, and of equal ones the first group's counts: give the evaluator a metric
     that seldom ties (accuracy on many images, or a loss with its sign changed).
 
     Sources and reconstructions: `nni_dbs.algorithms.autoslim`.
