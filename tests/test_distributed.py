@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nni_dbs import Budget, FlopsCost
 from nni_dbs.algorithms.dmcp import DMCPSearch
 from nni_dbs.algorithms.dsa import DSASearch
+from nni_dbs.algorithms.pse_net import PSENetStep, WidthRecords
 from nni_dbs.algorithms.tas import TASSearch
 from nni_dbs.algorithms.tas_supernet import TASSupernet
 from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
@@ -136,7 +137,10 @@ def train_distributed(rule: str, setting: str) -> dict[str, Any]:
             networks.append([dict(widths) for widths in step.networks])
             yield step
 
+    records = WidthRecords(space())
     step = SupernetStep(supernet, noted(), training_step)
+    if rule == "parallel":
+        step = PSENetStep(supernet, noted(), training_step, records=records)
     optimizer, losses = optimizer_of(model), []
     for number in range(STEPS):
         optimizer.zero_grad()
@@ -151,6 +155,7 @@ def train_distributed(rule: str, setting: str) -> dict[str, Any]:
         "losses": losses,
         "networks": networks,
         "reductions": reductions[:-1],
+        "records": records.state_dict(),
     }
 
 
@@ -290,6 +295,13 @@ def test_small_buckets_are_several_reductions(ranks: list[dict[tuple[str, str], 
     found = ranks[0]
     assert found["spfs", "small_buckets"]["reductions"] == found["parallel", "small_buckets"]["reductions"]
     assert max(found["spfs", "small_buckets"]["reductions"]) > 1
+
+
+def test_ranks_have_the_same_records_of_losses(ranks: list[dict[tuple[str, str], Any]]) -> None:
+    """Also of networks whose losses differ between the ranks, which have other images."""
+    first, second = (found["parallel", "default"]["records"] for found in ranks)
+    assert first["counts"].sum() == 2 * STEPS * len(groups())
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -52,28 +52,24 @@ class WidthRecords:
 
     def __init__(self, space: WidthSpace) -> None:
         self.space = space
-        choices, self._sizes = space.padded_choices()
-        self._choices = choices
-        self.sums = torch.zeros_like(choices)
-        self.counts = torch.zeros_like(choices)
+        self._choices, _ = space.padded_choices()
+        self.sums = torch.zeros_like(self._choices)
+        self.counts = torch.zeros_like(self._choices)
         self.largest = torch.tensor(torch.nan, dtype=torch.float64)
 
     def add(self, networks: Sequence[Widths], losses: Sequence[float]) -> None:
-        """Takes the losses of one step, of a largest network and others; the smallest one's is left out.
+        """Takes the losses of one step, the largest network's among them; the smallest one's is left out.
 
         The extremes are trained in every step; among the records of their widths they would drown all others.
         """
-        extremes = self.space.largest(), self.space.smallest()
-        for widths, loss in zip(networks, losses, strict=True):
-            if widths == extremes[0]:
-                old = loss if bool(self.largest.isnan()) else self.largest
-                self.largest = _MEMORY * torch.as_tensor(old) + (1 - _MEMORY) * loss
-        for widths, loss in zip(networks, losses, strict=True):
-            if widths not in extremes:
-                encoded = self.space.encode(widths).unsqueeze(1)
-                column = torch.searchsorted(self._choices, encoded)
-                self.sums.scatter_add_(1, column, (loss - self.largest).expand(len(column), 1))
-                self.counts.scatter_add_(1, column, torch.ones(len(column), 1, dtype=torch.float64))
+        lost = dict(zip(networks, torch.tensor(losses, dtype=torch.float64), strict=True))
+        largest = lost.pop(self.space.largest())
+        lost.pop(self.space.smallest(), None)
+        self.largest = largest if self.largest.isnan() else torch.lerp(largest, self.largest, _MEMORY)
+        for widths, loss in lost.items():
+            column = torch.searchsorted(self._choices, self.space.encode(widths).unsqueeze(1))
+            self.sums.scatter_add_(1, column, (loss - self.largest).expand(len(column), 1))
+            self.counts.scatter_add_(1, column, torch.ones(len(column), 1, dtype=torch.float64))
 
     @property
     def errors(self) -> Tensor:

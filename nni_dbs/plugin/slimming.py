@@ -100,9 +100,7 @@ class AutoSlimPruner(SupernetPruner):
 
     def _choose(self, model: nn.Module) -> Widths:
         self.trajectory = []
-        with self._stage("points"):
-            points = self._starting_points(_POINTS)
-        self._train(model, points)
+        self._train(model, self._starting_points(_POINTS))
         known = self._logged()
         scores: dict[Widths, float] = {}
         with tqdm(desc=self.method, unit="network", disable=True if self.quiet else None) as bar:

@@ -90,8 +90,9 @@ class SupernetPruner(EvaluatingPruner):
         """For a rule that trains some, where the search itself has none."""
         if self.rule not in RULES_OF_POINTS:
             return ()
-        generator = torch.Generator().manual_seed(self.seed)
-        return starting_points(self.space, self.bounds, n, generator)
+        with self._stage("points"):
+            generator = torch.Generator().manual_seed(self.seed)
+            return starting_points(self.space, self.bounds, n, generator)
 
     def _steps(self, points: Sequence[Widths]) -> Iterator[Step]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -111,7 +112,7 @@ class SupernetSearchPruner(SupernetPruner, SearchPruner):
     def _choose(self, model: nn.Module) -> Widths:
         with self._stage("points"):
             searcher = self._searcher()
-            points = self._points(searcher)
+        points = self._points(searcher)
         if points:
             self.counts["starting points"] = len(points)
         self._train(model, points)
