@@ -235,7 +235,8 @@ class GuidedEvolution(GuidedSearch):
     projected into the budget. The best are those that would be asked for first: inside of the `TrustRegion`,
     with caution and with optimism in turns. Networks that were asked for breed on, but make room for others.
 
-    Once-for-All has 500 generations of its predictor; with ours that takes long.
+    Once-for-All has 500 generations, once, on a predictor that never learns again. Here a round's 20 cost
+    about what DBS's gradient search does (0.6 to 2 s for 6 to 30 groups), and every round adds as many.
 
     Args:
         space, bounds, seed: See `Searcher`.
@@ -288,7 +289,7 @@ class GuidedEvolution(GuidedSearch):
         known = self._encoded(self.told.keys() | self._asked.keys())
         parents = int(self.PARENTS * self.population)
         drawn = draw(self.space, self.chances, max(self.population - len(starts), 0), self.generator)
-        population = project_batch(drawn, self.space, self.bounds)
+        starts, population = (project_batch(wishes, self.space, self.bounds) for wishes in (starts, drawn))
         ranked = self._promising(torch.cat([starts, population]).unique(dim=0), region)
         for _ in range(self.generations):
             wishes = bred(

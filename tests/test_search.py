@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from nni_dbs import Budget, FlopsCost, ParamsCost, Widths, WidthSpace
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.cost import Bounds, Limit
-from nni_dbs.errors import BudgetError, TrainingError
-from nni_dbs.pool import draw, draw_evenly, starting_points
+from nni_dbs.errors import BudgetError, ConfigError, TrainingError
+from nni_dbs.guided import GuidedEvolution
+from nni_dbs.pool import draw, draw_evenly, starting_points, tilted
 from nni_dbs.predict import TransformerPredictor
 from nni_dbs.projection import project, project_batch
 from nni_dbs.search import EvolutionSearch, GreedySearch, PriorSearch, RandomSearch, Searcher, neighbours
@@ -541,6 +542,21 @@ class TestEvolutionSearch(SearcherContract):
         assert played(up, 1, 12) == played(down, 1, 12, lambda widths: -score(widths))
         assert played(up, 1, 12) != played(down, 1, 12)
 
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_the_best_is_a_parent_of_every_generation_and_never_forgotten(self, seed: int) -> None:
+        searcher = Recorded(*within(net(), 0.4), seed=seed, initial=6, parents=3)
+        best = -math.inf
+        for _ in range(8):
+            asked = searcher.ask(6)
+            if searcher.told:
+                ranked = sorted(searcher.told.values(), reverse=True)
+                assert [score(searcher.space.decode(p)) for p in searcher.bred_from] == ranked[:3]
+            for widths in asked:
+                searcher.tell(widths, score(widths))
+            assert score(searcher.best()) == max(searcher.told.values()) >= best
+            best = score(searcher.best())
+        assert len(searcher.told) == 48
+
     def test_a_fresh_process_searches_alike(self) -> None:
         """Hashes of texts, and with them the order of sets, differ between processes."""
         assert in_a_fresh_process("EvolutionSearch") == searched(EvolutionSearch)
@@ -555,6 +571,131 @@ class TestEvolutionSearch(SearcherContract):
                 played(searcher, 6, 8)
             reached[kind] = sum(max(searcher.told.values()) for searcher in searchers)
         assert reached[EvolutionSearch] > reached[RandomSearch]
+
+
+class Recorded(EvolutionSearch):
+    """Remembers who bred last."""
+
+    def _bred(self, parents: Tensor, n: int) -> list[Widths]:
+        self.bred_from = parents
+        return super()._bred(parents, n)
+
+
+def uneven_chances(space: WidthSpace, seed: int = 0) -> Tensor:
+    """Random chances (G, K), of which some are 0."""
+    choices, counts = space.padded_choices()
+    there = torch.arange(choices.shape[1]) < counts.unsqueeze(1)
+    weights = torch.rand(choices.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights[:, 1::3] = 0
+    weights = weights.where(there, 0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+class TestEvolutionSearchWithAPrior(SearcherContract):
+    def make(self, space: WidthSpace, bounds: Bounds, seed: int = 0) -> Searcher:
+        return EvolutionSearch(space, bounds, seed, prior=tilted(space, bounds))
+
+    @staticmethod
+    def assert_drawn(wishes: Tensor, space: WidthSpace, chances: Tensor) -> None:
+        """Four standard errors around each chance; never what has none."""
+        choices, _ = space.padded_choices()
+        shares = (wishes.unsqueeze(2) == choices).double().mean(0)  # (G, K)
+        error = (chances * (1 - chances) / len(wishes)).sqrt()
+        assert ((shares - chances).abs() <= 4 * error).all()
+
+    def test_the_first_generation_has_the_given_chances(self) -> None:
+        space, bounds = within(net(), 0.5)
+        chances = uneven_chances(space)
+        searcher = Unprojected(space, bounds, prior=chances)
+        searcher._propose(2000)
+        self.assert_drawn(searcher.wishes, space, chances)
+
+    def test_random_networks_among_children_have_the_given_chances(self) -> None:
+        """One network was told, so that `initial` is not reached, and 2000 random ones come first."""
+        space, bounds = within(net(), 1.0)
+        chances = uneven_chances(space)
+        searcher = Wishes(space, bounds, prior=chances, initial=2001)
+        searcher.tell(space.largest(), 0.0)
+        searcher._propose(2000)
+        self.assert_drawn(searcher.all[-1], space, chances)
+
+    def test_what_mutates_has_the_given_chances(self) -> None:
+        space, bounds = within(net(), 1.0)
+        chances = uneven_chances(space)
+        searcher = Unprojected(space, bounds, mutation=1.0, prior=chances)
+        searcher._bred(space.encode(space.largest()).unsqueeze(0), 4000)
+        self.assert_drawn(searcher.wishes[::2], space, chances)
+
+    def test_what_has_no_chance_comes_from_a_parent_or_the_projection_alone(self) -> None:
+        space, bounds = within(net(), 0.5)
+        chances = uneven_chances(space)
+        choices, _ = space.padded_choices()
+        offered = choices.where(chances > 0, torch.inf)  # (G, K)
+        searcher = Wishes(space, bounds, prior=chances, initial=8, mutation=0.3)
+        while len(searcher.told) < 8:
+            played(searcher, 1, 4)
+        drawn = torch.cat(searcher.all)
+        assert (drawn.unsqueeze(2) == offered).any(2).all()
+        assert set(searcher.told) <= set(searcher._decoded(project_batch(drawn, space, bounds)))
+        searcher.all.clear()
+        parents = torch.stack([space.encode(w) for w in searcher.told])
+        searcher.ask(8)
+        children = searcher.all[0]
+        inherited = (children.unsqueeze(1) == parents).any(1)  # (N, G)
+        assert (inherited | (children.unsqueeze(2) == offered).any(2)).all()
+        assert not inherited.all()
+
+    def test_where_few_networks_have_a_chance_others_follow(self) -> None:
+        space, bounds = within(net(), 0.5)
+        choices, _ = space.padded_choices()
+        chances = torch.zeros(choices.shape, dtype=torch.float64)
+        chances[:, 0] = 1
+        searcher = EvolutionSearch(space, bounds, prior=chances)
+        first = project(space.smallest(), space, bounds)
+        asked = searcher.ask(12)
+        assert asked[0] == first and len(asked) == 12
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda p: p[:-1], r"expected chances of shape \(5, 15\) .*, not \(4, 15\)"),
+            (lambda p: p[0], r"shape .*, not \(15,\)"),
+            (lambda p: -p, "not negative"),
+            (lambda p: p * math.nan, "finite"),
+            (lambda p: p + 0.1, "0 where a group has no choice"),
+            (lambda p: p * (torch.arange(5) != 3).unsqueeze(1), "every group needs a choice"),
+        ],
+    )
+    def test_chances_that_are_none_are_refused(
+        self, change: Callable[[Tensor], Tensor], message: str
+    ) -> None:
+        space, bounds = within(net(), 0.5)
+        with pytest.raises(ConfigError, match=message):
+            EvolutionSearch(space, bounds, prior=change(tilted(space, bounds)))
+
+
+class Wishes(EvolutionSearch):
+    """Remembers all wishes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.all: list[Tensor] = []
+
+    def _projected(self, wishes: Tensor) -> list[Widths]:
+        self.all.append(wishes)
+        return super()._projected(wishes)
+
+
+class TestGuidedEvolution(SearcherContract):
+    def make(self, space: WidthSpace, bounds: Bounds, seed: int = 0) -> Searcher:
+        predictor = TransformerPredictor(space, members=3, dim=16, depth=1, steps=20, seed=seed)
+        drawn = points(space, tuple((cost, most) for _, cost, most in bounds.limits), seed)
+        sizes = {"population": 24, "generations": 2}
+        return GuidedEvolution(space, bounds, seed, points=drawn, predictor=predictor, **sizes)
+
+    @pytest.mark.slow
+    def test_a_fresh_process_searches_alike(self) -> None:
+        assert in_a_fresh_process("GuidedEvolution") == searched(GuidedEvolution)
 
 
 class TestDBSSearch(SearcherContract):
