@@ -205,6 +205,20 @@ def test_dbs_from_the_shell(searched: Path) -> None:
     assert result["widths"] in [line["widths"] for line in lines]
 
 
+def test_evolution_on_a_predictor_from_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = {"predictor": True, "initial": 4, "evaluations": 6, "per_round": 2, "calibration_steps": 1}
+    epochs = {"train": {"epochs": 0}, "supernet": {"epochs": 1, "lr": 0.02}, "finetune": {"epochs": 0}}
+    config, out = tmp_path / "config.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({**DBS, "method": "evolution", "options": options, **epochs}))
+    assert main(["prune", str(config), "--out", str(out), "--quiet"]) == 0
+    result = _result(out)
+    assert result["method"] == "evolution" and result["evaluations"] == 6
+    assert [fit["evaluations"] for fit in result["fits"]] == [4, 6]
+    report = (out / "report.md").read_text()
+    assert "![predictions](predictions.png)" in report and "![search](search.png)" in report
+
+
 def test_a_search_without_a_checkpoint_is_not_thrown_away(
     searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
