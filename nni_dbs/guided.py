@@ -103,7 +103,10 @@ class GuidedSearch(Searcher):
 
     @abstractmethod
     def _find(self, starts: Tensor, region: TrustRegion) -> Tensor:
-        """Networks (M, G) near the budget that the frozen predictor promises much of, from starts (S, G)."""
+        """Networks (M, G) near the budget that the frozen predictor promises much of, from starts (S, G).
+
+        None where all are known.
+        """
 
     def _by_quality(self) -> list[Widths]:
         """All networks that were told, by the `posterior` of predictions and measurements."""
@@ -191,6 +194,8 @@ class GuidedSearch(Searcher):
         self.fit()
         starts, region = self._starts(), self._region()
         found = project_batch(self._find(starts, region), self.space, self.bounds).unique(dim=0)
+        if not len(found):
+            return []
         for _ in range(_POLISH):
             around = self._around(self._promising(found, region)[:_AROUND])
             found = torch.cat([found, around]).unique(dim=0)
