@@ -101,7 +101,8 @@ def chances_of(space: WidthSpace, by_width: Mapping[str, Mapping[int, float]]) -
     chances = torch.zeros_like(choices)
     for row, name, count in zip(chances, space.names, counts, strict=True):
         known = by_width.get(name, {})
-        row[:count] = torch.tensor([known.get(width, 0.0) for width in space.choices(name)])
+        found = [known.get(width, 0.0) for width in space.choices(name)]
+        row[:count] = torch.tensor(found, dtype=torch.float64)
         row[:count] = row[:count] / row.sum() if row.sum() > 0 else 1 / count
     return chances
 
