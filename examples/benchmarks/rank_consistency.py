@@ -4,7 +4,7 @@ The protocol of DBS's second figure, on `digits-clutter`. Networks of the budget
 are drawn before anything is trained. Each is trained alone, from scratch, with several seeds, and tested: the
 truth is the mean over the seeds. A supernet is trained from scratch by each rule, with several seeds, all on
 the same number of images; every network is scored in it on the search-validation images, with BatchNorm
-recalibrated. The learning rate of each rule is the one of three after which, in a training of a quarter of
+recalibrated. The learning rate of each rule is the one of four after which, in a training of a quarter of
 the length, its starting points score best; the drawn networks have no part in that choice.
 
 `tau` is Kendall's, of scores and truth, the mean over the supernets; `low` and `high` its 95 % interval when
@@ -59,7 +59,7 @@ from nni_dbs.training import accuracy, reinitialise, sgd, training_loop, trainin
 from torch_pruning_adapters import find_channel_groups, prefix_order, shrink
 
 BAND = (0.8, 1.05)  # of the budget
-RATES = (0.025, 0.05, 0.1)  # learning rates of supernets, of which each rule gets the best
+RATES = (0.025, 0.05, 0.1, 0.2)  # learning rates of supernets, of which each rule gets the best
 TWICE = "parallel_twice"
 METHODS = ("uniform", "sandwich", "path_fair", "spfs", "parallel", TWICE, "bcnet")
 IMAGE = torch.zeros(1, 3, 32, 32)
