@@ -14,16 +14,21 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox, TransformedBbox
 
 from nni_dbs.plot import (
     EDGE,
     INK,
+    MAX_ROWS,
     MAX_SECTIONS,
+    ROW,
     SOLID,
     TEXT,
     WHOLE,
@@ -251,6 +256,55 @@ def plot_architecture(
     return figure
 
 
+def plot_prior(
+    prior: Mapping[str, Mapping[int, float]], chosen: Mapping[str, int] | None = None, title: str = ""
+) -> Figure:
+    """Show which widths a search began with: a row for each group, dark where the chance is high.
+
+    For PSE-Net. Use it to see what the training of the supernet told of the groups, and how far the chosen
+    network is from it. Groups with one width are left out, and of more than 40 the names.
+
+    Args:
+        prior: Group name -> width -> chance.
+        chosen: The widths that were chosen in the end.
+
+    Raises:
+        ValueError: No group has a choice, or chances that are not finite or negative.
+    """
+    rows = {name: dict(sorted(chances.items())) for name, chances in prior.items() if len(chances) > 1}
+    if not rows:
+        raise ValueError("no group has a choice, so there is no prior to show")
+    for name, chances in rows.items():
+        if not all(0 <= chance < math.inf for chance in chances.values()):
+            raise ValueError(f"chances are finite and not negative; those of {name} are {chances}")
+
+    figure, (axes,) = _panels(1)
+    shade = LinearSegmentedColormap.from_list("chances", ["white", POINT, SOLID])
+    for place, (name, chances) in enumerate(rows.items()):
+        ratios = np.array(list(chances)) / max(chances)
+        between = (ratios[1:] + ratios[:-1]) / 2
+        edges = [max(2 * ratios[0] - between[0], 0), *between, 2 * ratios[-1] - between[-1]]
+        values = np.array([list(chances.values())]) / (max(chances.values()) or 1)
+        axes.pcolormesh(edges, [place - 0.42, place + 0.42], values, cmap=shade, vmin=0, vmax=1)
+        if chosen is not None:
+            _mark(axes, chosen[name] / max(chances), place).set(sizes=[26])
+    named = len(rows) <= MAX_ROWS
+    axes.set_yticks(range(len(rows)) if named else [], [shorten(name) for name in rows] if named else [])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, None)
+    axes.set_xlabel("width, as a share of the widest")
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
+    quiet(axes, grid="x")
+    _lay_out(figure, [axes], width=6, heights=[max(len(rows) * (ROW if named else 0.08), 1.0)])
+    handles: list[Artist] = [Patch(color=SOLID, label="the likeliest width of a group")]
+    if chosen is not None:
+        handles.append(
+            Line2D([], [], color="white", marker="o", markerfacecolor=CHOSEN, markersize=8, label="chosen")
+        )
+    header(figure, title or "What the search began with", count(len(rows), "group"), handles)
+    return figure
+
+
 def plot_front(
     cost: Sequence[float],
     scores: Sequence[float],
@@ -386,7 +440,7 @@ def _lay_out(
 ) -> None:
     """Give the panels their size in inches, once their ticks are known; `above` them is room for names."""
     ticks = [tick for panel in panels for tick in panel.get_yticklabels()]
-    left = EDGE + 0.3 + max(tick.get_window_extent().width for tick in ticks) / figure.dpi
+    left = EDGE + 0.3 + max((tick.get_window_extent().width for tick in ticks), default=0) / figure.dpi
     page = left + width + EDGE, 1.0 + above + sum(heights) + GAP * (len(heights) - 1) + 0.55
     figure.set_size_inches(*page)
     top = page[1] - 1.0 - above

@@ -13,7 +13,14 @@ from nni_dbs import plot
 from nni_dbs.config import Config
 from nni_dbs.cost import PolynomialCost, readable
 from nni_dbs.files import write
-from nni_dbs.plot_search import pareto_front, plot_architecture, plot_front, plot_predictions, plot_search
+from nni_dbs.plot_search import (
+    pareto_front,
+    plot_architecture,
+    plot_front,
+    plot_predictions,
+    plot_prior,
+    plot_search,
+)
 from nni_dbs.result import Result, load_search
 from nni_dbs.space import Widths
 from torch_pruning_adapters import ChannelGroup, removed_blocks
@@ -69,7 +76,7 @@ def write_pictures(
 
 
 def _search_pictures(out: Path, result: Result) -> list[Path]:
-    """`search.png` and `front.png` from `search.jsonl`, `predictions.png` and `architecture.png`."""
+    """Those of `search.jsonl`, and of predictions, an architecture and a prior, if the result has them."""
     figures: dict[str, Figure] = {}
     lines = load_search(out / "search.jsonl")
     if lines:
@@ -105,6 +112,9 @@ def _search_pictures(out: Path, result: Result) -> list[Path]:
         figures["architecture"] = plot_architecture(
             steps["progress"], steps["loss"], steps["used"], title=f"What {result.method} learnt"
         )
+    if any(len(chances) > 1 for chances in result.prior.values()):
+        prior = {name: {int(w): c for w, c in row.items()} for name, row in result.prior.items()}
+        figures["prior"] = plot_prior(prior, result.widths, f"The prior distribution of {result.method}")
     for name, figure in figures.items():
         plot.save(figure, out / f"{name}.png")
     return [out / f"{name}.png" for name in figures]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.collections import PathCollection
+from matplotlib.collections import PathCollection, QuadMesh
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -403,6 +403,32 @@ def test_an_architecture_shows_its_loss_and_its_way_to_the_budget(steps: int) ->
     assert not outside(figure)
     with pytest.raises(ValueError):
         plot_search.plot_architecture([], [], [])
+
+
+@pytest.mark.parametrize("groups", [1, 12, 60])
+def test_a_prior_is_dark_where_widths_are_likely(groups: int) -> None:
+    prior = {f"layer.{i}": {8: 0.1, 16: 0.4, 32: 0.2, 64: 0.3} for i in range(groups)} | {"frozen": {64: 1.0}}
+    chosen = {**dict.fromkeys(prior, 16), "frozen": 64}
+    figure = plot_search.plot_prior(prior, chosen)
+    (axes,) = figure.axes
+    meshes = [c for c in axes.collections if isinstance(c, QuadMesh)]
+    assert len(meshes) == groups
+    for place, mesh in enumerate(meshes):
+        assert mesh.get_array().flatten().tolist() == pytest.approx([0.25, 1.0, 0.5, 0.75])
+        corners = mesh.get_coordinates()
+        assert corners[0, :, 0].tolist() == pytest.approx([0.0625, 0.1875, 0.375, 0.75, 1.25])
+        assert corners[:, 0, 1].mean() == pytest.approx(place)
+    points = [c for c in axes.collections if isinstance(c, PathCollection)]
+    assert [tuple(c.get_offsets()[0]) for c in points] == [(0.25, place) for place in range(groups)]
+    assert plot.count(groups, "group") in words(figure)
+    assert not overlaps(figure)
+    assert not outside(figure)
+
+
+@pytest.mark.parametrize("prior", [{}, {"a": {8: 1.0}}, {"a": {8: -0.1, 16: 1.1}}])
+def test_a_prior_that_shows_nothing_is_refused(prior: dict[str, dict[int, float]]) -> None:
+    with pytest.raises(ValueError, match=r"no group has a choice|finite and not negative"):
+        plot_search.plot_prior(prior)
 
 
 def test_stages_are_ruled_off_and_named_above_their_evaluations() -> None:

@@ -6,7 +6,8 @@ A plain step is forward, backward and SGD of the full network. All are run in tu
 is that of 4 consecutive steps, whose networks are drawn anew, and `ms` is per step. The searches begin at
 half of a training of 1000 steps, but for the first half of DMCP's, which trains sub-networks alone. TAS and
 DSA train their architecture on batches of their own, as large as those of the weights; DSA in every second
-step.
+step. All have the same images a step: the sandwich of DBS and AutoSlim trains four networks on all of them,
+BCNet's rule one network on both sides, PSE-Net four networks on a quarter each.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from nni_dbs import Budget, FlopsCost, WidthSpace
 from nni_dbs.algorithms.dbs import DBSSearch
 from nni_dbs.algorithms.dmcp import DMCPSearch
 from nni_dbs.algorithms.dsa import DSASearch
+from nni_dbs.algorithms.pse_net import PSENetStep, WidthRecords
 from nni_dbs.algorithms.tas import TASSearch
 from nni_dbs.algorithms.tas_supernet import TASSupernet
 from nni_dbs.bilevel import ArchitectureSearch, BilevelStep
 from nni_dbs.cost import Bounds
 from nni_dbs.models import build_model
-from nni_dbs.sampling import RULES
+from nni_dbs.sampling import RULES, Step
 from nni_dbs.steps import PatchedStep, SupernetStep
 from nni_dbs.supernet import Supernet
 from nni_dbs.training import Batch, training_step
@@ -37,7 +39,7 @@ from torch_pruning_adapters import channel_order, find_residual_blocks
 
 BUDGET = 0.5
 SEARCH_STEPS = 1000
-POINTS, PATHS = 24, 2  # of DBS: starting points, and how many of them a step trains
+POINTS, PATHS = 24, 2  # starting points of DBS, and networks that a step of a supernet draws
 CANDIDATES = 8  # of TAS, its pruner's default
 STEP = training_step(0.0)
 
@@ -79,9 +81,16 @@ def steps_of(
         step.taken = first
         return step
 
-    points = DBSSearch(space, bounds, 0, points=POINTS).points
-    drawn = RULES["spfs"](space, points, torch.Generator().manual_seed(0), PATHS)
-    yield "dbs", SupernetStep(supernet(), drawn, STEP)
+    def ruled(rule: str) -> Iterator[Step]:
+        points = DBSSearch(space, bounds, 0, points=POINTS).points
+        return RULES[rule](space, points, torch.Generator().manual_seed(0), PATHS)
+
+    yield "dbs", SupernetStep(supernet(), ruled("spfs"), STEP)
+    yield "autoslim", SupernetStep(supernet(), ruled("sandwich"), STEP)
+    yield "bcnet", SupernetStep(supernet(), ruled("bcnet"), STEP)
+    records = WidthRecords(space)
+    yield "pse_net", PSENetStep(supernet(), ruled("parallel"), STEP, records=records)
+    yield "pse_net, without records", SupernetStep(supernet(), ruled("parallel"), STEP)
     yield "dmcp, first half", bilevel(DMCPSearch(supernet(), space, bounds, steps=SEARCH_STEPS), first=0)
     yield "dmcp, second half", bilevel(DMCPSearch(supernet(), space, bounds, steps=SEARCH_STEPS))
     blocks = WidthSpace(find_residual_blocks(model, space.groups, image), divisor=divisor)
