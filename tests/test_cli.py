@@ -334,6 +334,28 @@ def _kill_after_networks(patch: pytest.MonkeyPatch, count: int) -> None:
     patch.setattr(EvaluatingPruner, "_record", killed)
 
 
+def test_pse_net_killed_in_each_stage_resumes_to_the_same_run(searched: Path, tmp_path: Path) -> None:
+    overrides = ["method=pse_net", "options={initial: 3, evaluations: 6, per_round: 2}"]
+    overrides += ["train.epochs=0", "supernet.epochs=2", "supernet.batch_size=16", "finetune.epochs=0"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert _prune(searched, whole, *overrides) == 0
+    result = _result(whole)
+    assert result["method"] == "pse_net" and result["evaluations"] == 6
+    assert {"widths", "flops", "search", "front", "prior"} == {path.stem for path in whole.glob("*.png")}
+    chances = [sum(row.values()) for row in result["prior"].values()]
+    assert chances == pytest.approx([1.0] * len(chances))
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after(patch, "supernet", result["counts"]["supernet steps"] // 2 + 1)
+        with pytest.raises(KeyboardInterrupt):
+            _prune(searched, out, *overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        _kill_after_networks(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            _prune(searched, out, *overrides)
+    assert _prune(searched, out, *overrides) == 0
+    _assert_same_run(out, whole)
+
+
 def test_autoslim_killed_while_it_slims_resumes_to_the_same_run(searched: Path, tmp_path: Path) -> None:
     """Also: what its log has above the budget, the pictures show."""
     shorter = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,6 +18,7 @@ from examples.cifar_resnet import resnet20
 from nni_dbs import FlopsCost, Widths, WidthSpace
 from nni_dbs.errors import BudgetError, ConfigError, ResultError, TrainingError
 from nni_dbs.problem import Problem
+from nni_dbs.search import EvolutionSearch
 from nni_dbs.study import SEARCHERS, Study
 from torch_pruning_adapters import WidthError, find_channel_groups, find_residual_blocks, prefix_order
 
@@ -69,6 +71,30 @@ def test_a_loaded_problem_knows_removed_blocks(tmp_path: Path) -> None:
     assert 0 in removed.values()
     assert loaded.costs["flops"](removed) == flops(removed) < flops.full
     assert loaded.costs["flops"].batch(loaded.space.encode(removed)[None]).item() == flops(removed)
+
+
+def test_evolution_begins_with_the_prior_of_its_problem(tmp_path: Path) -> None:
+    """Also after the problem was a file, and in a part of its space."""
+    plain = problem()
+    prior = {name: {plain.space.choices(name)[0]: 1.0} for name in plain.space.names}
+    dataclasses.replace(plain, prior=prior).save(tmp_path / "problem.json")
+    loaded = Problem.load(tmp_path / "problem.json")
+    assert loaded.prior == prior
+    study = Study(loaded, None, searcher="evolution", initial=2)
+    assert isinstance(study.searcher, EvolutionSearch)
+    assert study.searcher.prior is not None
+    assert study.searcher.prior.argmax(1).tolist() == [0] * len(prior)
+    assert study.searcher.prior.amax(1).tolist() == [1] * len(prior)
+    narrowed = {
+        name: {"_type": "choice", "_value": entry["_value"][1:]}
+        for name, entry in plain.space.to_nni().items()
+    }
+    study.narrow(narrowed)
+    for name, row in zip(study.searcher.space.names, study.searcher.prior, strict=True):
+        choices = len(study.searcher.space.choices(name))
+        assert row[:choices].tolist() == pytest.approx([1 / choices] * choices)
+    other = Study(loaded, None, searcher="random").propose()
+    assert other is not None and plain.bounds().fits(other)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"groups": []}', "[1]", "groups"])

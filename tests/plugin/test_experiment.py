@@ -76,7 +76,7 @@ class Enough(Exception):
     """Ends a run."""
 
 
-@pytest.fixture(scope="module", params=["random", "dbs", "bcnet"])
+@pytest.fixture(scope="module", params=["random", "dbs", "bcnet", "pse_net"])
 def prepared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[Widths, float]]:
@@ -84,6 +84,8 @@ def prepared(
     folder = tmp_path_factory.mktemp("prepared")
     options: dict[str, Any] = {"points": 4, "evaluations": 4, "calibration_steps": 3}
     changes: dict[str, Any] = {} if request.param == "random" else {"method": "dbs", "options": options}
+    if request.param == "pse_net":
+        changes = {"method": "pse_net", "options": {"initial": 2, "evaluations": 4, "calibration_steps": 3}}
     if request.param == "bcnet":
         options["rule"] = "bcnet"
     scores: dict[Widths, float] = {}
