@@ -62,11 +62,13 @@ class WidthRecords:
 
         The extremes are trained in every step; among the records of their widths they would drown all others.
         """
-        lost = dict(zip(networks, torch.tensor(losses, dtype=torch.float64), strict=True))
-        largest = lost.pop(self.space.largest())
-        lost.pop(self.space.smallest(), None)
+        lost = torch.tensor(losses, dtype=torch.float64)
+        extremes = self.space.largest(), self.space.smallest()
+        largest = lost[[widths == extremes[0] for widths in networks]].mean()
         self.largest = largest if self.largest.isnan() else torch.lerp(largest, self.largest, _MEMORY)
-        for widths, loss in lost.items():
+        for widths, loss in zip(networks, lost, strict=True):
+            if widths in extremes:
+                continue
             column = torch.searchsorted(self._choices, self.space.encode(widths).unsqueeze(1))
             self.sums.scatter_add_(1, column, (loss - self.largest).expand(len(column), 1))
             self.counts.scatter_add_(1, column, torch.ones(len(column), 1, dtype=torch.float64))

@@ -225,16 +225,16 @@ def test_records_by_hand() -> None:
     a, b = Widths({"g0": 1, "g1": 3}), Widths({"g0": 2, "g1": 2})
     records.add((largest, a, b, smallest), (1.0, 3.0, 2.0, 9.0))
     assert records.largest == 1.0
-    records.add((largest, a, smallest), (2.0, 4.0, 9.0))
+    records.add((largest, a, a, smallest), (2.0, 4.0, 5.0, 9.0))
     reference = 0.9 * 1.0 + 0.1 * 2.0
     assert records.largest == pytest.approx(reference)
-    lost = [2.0 + 4.0 - reference, 1.0]  # a twice, b once
+    lost = [2.0 + 4.0 + 5.0 - 2 * reference, 1.0]  # a three times, b once
     torch.testing.assert_close(records.sums, torch.tensor([[*lost, 0], [0, lost[1], lost[0]]]).double())
-    assert records.counts.tolist() == [[2, 1, 0], [0, 1, 2]]
-    mean = sum(lost) / 3
+    assert records.counts.tolist() == [[3, 1, 0], [0, 1, 3]]
+    mean = sum(lost) / 4
     expected = [
-        [(lost[0] + FEWEST * mean) / (2 + FEWEST), (lost[1] + FEWEST * mean) / (1 + FEWEST), 0],
-        [mean, (lost[1] + FEWEST * mean) / (1 + FEWEST), (lost[0] + FEWEST * mean) / (2 + FEWEST)],
+        [(lost[0] + FEWEST * mean) / (3 + FEWEST), (lost[1] + FEWEST * mean) / (1 + FEWEST), 0],
+        [mean, (lost[1] + FEWEST * mean) / (1 + FEWEST), (lost[0] + FEWEST * mean) / (3 + FEWEST)],
     ]
     torch.testing.assert_close(records.errors, torch.tensor(expected, dtype=torch.float64))
 
