@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +114,70 @@ def test_the_external_table_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> Non
     bench = importlib.import_module("examples.benchmarks.channel_bench")
     with pytest.raises(DataError, match="CHANNEL_BENCH"):
         bench.table_path()
+
+
+@pytest.mark.filterwarnings("ignore")  # networks of a tiny training score alike, and have no tau
+def test_rank_consistency_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    bench = importlib.import_module("examples.benchmarks.rank_consistency")
+    out = tmp_path / "rank.json"
+    monkeypatch.setattr(sys, "argv", ["rank_consistency", "--quick", "--out", str(out)])
+    bench.main()
+    whole = json.loads(out.read_text())
+    assert [row["ranked by"] for row in whole["rows"]] == [*bench.METHODS, "FLOPs", "ceiling"]
+    kinds = [run["kind"] for run in whole["runs"]]
+    assert [kinds.count(kind) for kind in ("tune", "alone", "supernet")] == [6, 8, 7]
+    assert (tmp_path / "rank.png").stat().st_size > 10_000
+
+    left = [run for i, run in enumerate(whole["runs"]) if i % 7]
+    out.write_text(json.dumps({**whole, "runs": left}))
+    trained: list[Any] = []
+    run = bench.run
+    monkeypatch.setattr(bench, "run", lambda task, *args: trained.append(task) or run(task, *args))
+    bench.main()
+    assert len(trained) == len(whole["runs"]) - len(left) == 3
+    assert without_times(json.loads(out.read_text())) == without_times(whole)
+
+
+def without_times(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    times = ("seconds", "cost")
+    rows, runs = (
+        [{k: str(v) for k, v in entry.items() if k not in times} for entry in record[part]]
+        for part in ("rows", "runs")
+    )
+    return rows, sorted(runs, key=lambda run: (run["kind"], run["method"], run["seed"]))
+
+
+def test_the_networks_to_rank_lie_in_the_band_and_train_no_supernet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    bench = importlib.import_module("examples.benchmarks.rank_consistency")
+    setting = bench.setup(bench.Sizes(train=8, validation=8, test=8))
+    assert len(set(setting.networks)) == 24 and not set(setting.networks) & set(setting.points)
+    used = [setting.bounds.used(widths) for widths in setting.networks]
+    assert all(0.8 <= share <= 1.05 for share in used) and max(used) > 1
+
+
+def test_intervals_and_ceilings_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    bench = importlib.import_module("examples.benchmarks.rank_consistency")
+    truth = np.arange(30.0)
+    same, reverse = truth**3, -truth
+    assert bench.with_interval(same[None], truth[None]) == pytest.approx((1, 1, 1), rel=1e-14)
+    assert bench.mean_tau(np.stack([same, reverse]), np.stack([truth, truth])) == 0
+    noisy = truth + np.random.default_rng(0).normal(0, 10, 30)
+    tau, low, high = bench.with_interval(noisy[None], truth[None])
+    assert -1 < low < tau < high < 1 and high - low > 0.1
+    seeds = np.array([[1.0, 2.0], [3.0, 5.0], [5.0, 5.0]])
+    mine, others = bench.ceiling(seeds)
+    assert mine.tolist() == seeds.tolist()
+    assert others.tolist() == [[4.0, 5.0], [3.0, 3.5], [2.0, 3.5]]
+    runs = [
+        {"kind": "tune", "method": m, "rate": r, "scores": [s, s]}
+        for m, r, s in (("spfs", 0.1, 3.0), ("spfs", 0.2, 4.0), ("parallel", 0.1, 5.0))
+    ]
+    assert bench.best_rate(runs, "spfs") == 0.2 and bench.best_rate(runs, "parallel_twice") == 0.1
 
 
 CLUTTER = {

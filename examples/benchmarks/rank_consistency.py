@@ -59,15 +59,15 @@ from nni_dbs.training import accuracy, reinitialise, sgd, training_loop, trainin
 from torch_pruning_adapters import find_channel_groups, prefix_order, shrink
 
 BAND = (0.8, 1.05)  # of the budget
-RATES = (0.025, 0.05, 0.1, 0.2)  # learning rates of supernets, of which each rule gets the best
 TWICE = "parallel_twice"
 METHODS = ("uniform", "sandwich", "path_fair", "spfs", "parallel", TWICE, "bcnet")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
 class Sizes(NamedTuple):
-    """Of network, data and trainings."""
+    """Of network, data and trainings; `rates` are learning rates of supernets, each rule gets the best."""
 
+    rates: tuple[float, ...] = (0.025, 0.05, 0.1, 0.2)
     depth: int = 8
     divisor: int = 2
     budget: float = 0.3
@@ -89,6 +89,7 @@ class Sizes(NamedTuple):
 
 
 QUICK = Sizes(
+    rates=(0.1,),
     divisor=4,
     train=64,
     validation=32,
@@ -247,7 +248,7 @@ def _score(
 
 def first_tasks(sizes: Sizes) -> list[Task]:
     """Those that need no result of others: short supernets at each rate, and the networks alone."""
-    tuned = [Task("tune", rule, 0, rate) for rule in METHODS if rule != TWICE for rate in RATES]
+    tuned = [Task("tune", rule, 0, rate) for rule in METHODS if rule != TWICE for rate in sizes.rates]
     numbers = itertools.product(range(sizes.alone_seeds), range(sizes.networks))
     return [*tuned, *(Task("alone", i, seed, sizes.alone_rate) for seed, i in numbers)]
 
@@ -414,6 +415,7 @@ def main() -> None:
         for row in tqdm(done, total=len(tasks), desc="trainings", disable=None):
             record["runs"].append(_rounded(row))
             save_record(record, args.out)
+    record["rows"] = [_rounded(row) for row in summary(record["runs"], record["networks"], record["flops"])]
     save_record(record, args.out)
     print_table(record["rows"])
     if args.out is not None:
@@ -427,7 +429,7 @@ def begun(args: argparse.Namespace, sizes: Sizes) -> Row:
         "command": shlex.join(["python", "-m", "examples.benchmarks.rank_consistency", *sys.argv[1:]]),
         "device": describe_device(torch.device(args.device)),
         "versions": package_versions(),
-        "settings": {"rates": RATES, "band": BAND, **sizes._asdict()},
+        "settings": {"band": BAND, **sizes._asdict()},
         "networks": [dict(widths) for widths in setting.networks],
         "flops": [setting.flops(widths) for widths in setting.networks],
         "rows": [],
@@ -443,7 +445,6 @@ def begun(args: argparse.Namespace, sizes: Sizes) -> Row:
 
 
 def save_record(record: Row, out: Path | None) -> None:
-    record["rows"] = [_rounded(row) for row in summary(record["runs"], record["networks"], record["flops"])]
     if out is not None:
         text = json.dumps(record, indent=2) + "\n"
         write(out, lambda path: path.write_text(text))
