@@ -337,18 +337,18 @@ def _with_batch(
     return (*args[:position], batch, *args[position + 1 :]), kwargs
 
 
-def mean_over_ranks(gradient: Tensor, device: torch.device | None = None) -> Tensor:
+def mean_over_ranks(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """The mean over the processes of a distributed training; the same tensor if there is none.
 
     Args:
-        gradient: Of any device.
-        device: That the processes communicate by; default: the gradient's.
+        tensor: Of any device.
+        device: That the processes communicate by; default: the tensor's.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        return gradient
-    shared = gradient.to(device or gradient.device, copy=True)
+        return tensor
+    shared = tensor.to(device or tensor.device, copy=True)
     dist.all_reduce(shared)
-    return (shared / dist.get_world_size()).to(gradient.device)
+    return (shared / dist.get_world_size()).to(tensor.device)
 
 
 def _average(parameter: Tensor) -> None:

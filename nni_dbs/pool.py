@@ -38,10 +38,17 @@ def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tens
         target: Share of the budget. Where the space cannot reach it, the chances pile up at its end.
         errors: E (G, K), what a choice is expected to lose; T is its standard deviation over
             the groups that have a choice. Default: nothing is known.
+            However small the errors are, and be they noise: their standard deviation is the unit, so give
+            errors of enough records.
 
     Returns:
         (G, K) float64 as `WidthSpace.padded_choices`, 0 in the padding; rows sum to 1.
+
+    Raises:
+        ConfigError: Errors that are not finite.
     """
+    if errors is not None and not errors.isfinite().all():
+        raise ConfigError("errors of the choices must be finite")
     choices, counts = space.padded_choices()
     valid = torch.arange(choices.shape[1]) < counts.unsqueeze(1)
     choices = choices.where(valid, 0)

@@ -125,8 +125,9 @@ def bcnet(space: WidthSpace, generator: torch.Generator) -> Iterator[Step]:
     networks always keep a group's first channels, these are trained far more often than its last ones. Here
     width c has two sides, channels 1 to c and C - c + 1 to C, and a step with c is followed by one with
     C - c, so that in the two each channel is trained exactly twice. Widths are drawn from the choices below
-    the full one, whose complement has no channels; groups without such a choice keep their full width. As in
-    the released code, but for its complement, which is off by one.
+    the full one, whose complement has no channels, so that no group is trained at its full width; groups
+    without such a choice always are. A complement may be narrower than all choices: choose `min_ratio` with
+    that in mind. As in the released code, but for its complement, which is off by one.
 
     Score a network on both sides: `Supernet.at(widths, last=True)` is the other one.
     """

@@ -302,7 +302,7 @@ def _parallel_loss(
             with _replicated(supernet.model, parts) as copies:
                 loss = compute_loss()
             if not copies:
-                raise TrainingError(NOT_CALLED)
+                raise TrainingError(_NOT_CALLED)
             for outputs in copies:
                 teacher, *students = logits_of(outputs).chunk(parts)
                 losses = [distill(student, teacher.detach()) for student in students]
@@ -310,7 +310,7 @@ def _parallel_loss(
         return gradients.take(loss, (), record) if supernet.recomputes else loss
 
 
-NOT_CALLED = (
+_NOT_CALLED = (
     "distillation reads the model's outputs, but the training step did not call the model itself; "
     "let it call model(x) (in a LightningModule: self(x)), or train without distillation"
 )
@@ -332,7 +332,7 @@ class Record:
     def distilled(self, teacher: Record, distill: Distill) -> Tensor:
         """Mean distillation loss over the calls."""
         if not self.outputs or len(self.outputs) != len(teacher.outputs):
-            raise TrainingError(NOT_CALLED)
+            raise TrainingError(_NOT_CALLED)
         for mine, theirs in zip(self.inputs, teacher.inputs, strict=True):
             if len(mine) != len(theirs) or not all(
                 a is b or torch.equal(a, b) for a, b in zip(mine, theirs, strict=True)

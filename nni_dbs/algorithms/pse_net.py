@@ -25,29 +25,29 @@ from nni_dbs.bilevel import mean_over_ranks
 from nni_dbs.errors import TrainingError
 from nni_dbs.sampling import Step
 from nni_dbs.space import Widths, WidthSpace
-from nni_dbs.steps import NOT_CALLED, Distill, Record, SupernetStep, kl_divergence, loss_of, recorded
+from nni_dbs.steps import Distill, Record, SupernetStep, kl_divergence, loss_of, recorded
 from nni_dbs.supernet import Replacement, Supernet, running
 from torch_pruning_adapters.graph import tensors_in
 
-FEWEST = 5.0  # records of a width that weigh as much as the mean of its group
-_MEMORY = 0.9  # of the largest network's losses, from step to step
+SHRINKAGE = 5.0  # records of a width that weigh as much as the mean of its group
+_MEMORY = 0.9  # of the drawn networks' mean losses, from step to step
 
 
 class WidthRecords:
-    """What networks lost in training, by the width of each group, relative to the largest network.
+    """What networks lost in training, by the width of each group, beyond what networks lost at the time.
 
-    A part's loss tells of its network, of the images, and of how far the training has come. The largest
-    network's loss, which every step has too, is taken off: not that of the same step, which has other
-    images of its own, but a moving average, which has all images' difficulty and keeps up with the training.
-    What is left of the images is noise; the means average over it, and are drawn towards the mean of their
-    group where there are few records. (A reconstruction.)
+    A part's loss tells of its network, of its images, and of how far the training has come. What comes from
+    the training is taken off: a moving average of the losses of the networks that were drawn in the steps
+    before. (The largest network's loss, which is there too, falls at another pace than the others'.) What the
+    images add differs from part to part and has no bias, so that the means average over it; they are drawn
+    towards the mean of their group where there are few records. (A reconstruction.)
 
     Args:
         space: Of the networks.
 
     Attributes:
         sums, counts: (G, K) float64, of the losses by group and choice, as `WidthSpace.padded_choices`.
-        largest: The moving average; NaN before the first step.
+        usual: The moving average; NaN before the first step.
     """
 
     def __init__(self, space: WidthSpace) -> None:
@@ -55,34 +55,37 @@ class WidthRecords:
         self._choices, _ = space.padded_choices()
         self.sums = torch.zeros_like(self._choices)
         self.counts = torch.zeros_like(self._choices)
-        self.largest = torch.tensor(torch.nan, dtype=torch.float64)
+        self.usual = torch.tensor(torch.nan, dtype=torch.float64)
 
     def add(self, networks: Sequence[Widths], losses: Sequence[float]) -> None:
-        """Takes the losses of one step, the largest network's among them; the smallest one's is left out.
+        """Takes the losses of one step; those of the largest and the smallest network are left out.
 
-        The extremes are trained in every step; among the records of their widths they would drown all others.
+        They are trained in every step; among the records of their widths they would drown all others. A step
+        with a loss that is not finite is left out, too.
         """
         lost = torch.tensor(losses, dtype=torch.float64)
         extremes = self.space.largest(), self.space.smallest()
-        largest = lost[[widths == extremes[0] for widths in networks]].mean()
-        self.largest = largest if self.largest.isnan() else torch.lerp(largest, self.largest, _MEMORY)
-        for widths, loss in zip(networks, lost, strict=True):
-            if widths in extremes:
-                continue
-            column = torch.searchsorted(self._choices, self.space.encode(widths).unsqueeze(1))
-            self.sums.scatter_add_(1, column, (loss - self.largest).expand(len(column), 1))
+        drawn = [number for number, widths in enumerate(networks) if widths not in extremes]
+        if not drawn or not lost.isfinite().all():
+            return
+        mean = lost[drawn].mean()
+        usual = mean if self.usual.isnan() else self.usual
+        for number in drawn:
+            column = torch.searchsorted(self._choices, self.space.encode(networks[number]).unsqueeze(1))
+            self.sums.scatter_add_(1, column, (lost[number] - usual).expand(len(column), 1))
             self.counts.scatter_add_(1, column, torch.ones(len(column), 1, dtype=torch.float64))
+        self.usual = torch.lerp(mean, usual, _MEMORY)
 
     @property
     def errors(self) -> Tensor:
         """What a group's width is expected to lose (G, K), 0 in the padding."""
         total = self.counts.sum(1, keepdim=True)
         mean = torch.where(total > 0, self.sums.sum(1, keepdim=True) / total.clamp(min=1), 0)
-        shrunk = (self.sums + FEWEST * mean) / (self.counts + FEWEST)
+        shrunk = (self.sums + SHRINKAGE * mean) / (self.counts + SHRINKAGE)
         return shrunk.where(self._choices.isfinite(), 0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"sums": self.sums, "counts": self.counts, "largest": self.largest}
+        return {"choices": self._choices, "sums": self.sums, "counts": self.counts, "usual": self.usual}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from a state of records of the same space.
@@ -90,25 +93,26 @@ class WidthRecords:
         Raises:
             TrainingError: It is of another space.
         """
-        if state["sums"].shape != self.sums.shape:
+        if not torch.equal(state["choices"], self._choices):
             raise TrainingError("the saved records are of another space; start the supernet's training again")
         self.sums, self.counts = state["sums"].clone(), state["counts"].clone()
-        self.largest = state["largest"].clone()
+        self.usual = state["usual"].clone()
 
 
 class PSENetStep(SupernetStep):
     """A `SupernetStep` that keeps record of the losses of its parallel networks.
 
     The training step is called once more for each part of the batch, without gradients and with the outputs
-    that the model gave already, so that only the loss is computed again. In a distributed training the
-    losses are averaged over the ranks.
+    that the model gave already, so that little but the loss is computed again; what else it does, such as
+    logging, it does again. In a distributed training the losses are averaged over the ranks.
 
     Args:
         supernet, steps, training_step, distill: See `SupernetStep`; steps in parallel, not distilled.
         records: Where the losses go.
 
     Raises:
-        TrainingError: As `SupernetStep`; or the model computes its own loss, of the whole batch.
+        TrainingError: As `SupernetStep`; or the loss of a part cannot be computed: the model computes its own
+            loss, the training step draws random numbers for its inputs, or the batch cannot be split.
     """
 
     def __init__(
@@ -129,8 +133,12 @@ class PSENetStep(SupernetStep):
         if output is not None and self.last is not None:
             networks = self.last.networks
             losses = part_losses(self.supernet.model, self.training_step, args, kwargs, record, len(networks))
-            self.records.add(networks, mean_over_ranks(losses).tolist())
+            self.records.add(networks, mean_over_ranks(losses, self._device()).tolist())
         return output
+
+    def _device(self) -> torch.device | None:
+        """That the ranks of a distributed training communicate by."""
+        return next((p.device for p in self.supernet.parameters()), None)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **self.records.state_dict()}
@@ -158,24 +166,42 @@ def part_losses(
         parts: How many.
 
     Raises:
-        TrainingError: The training step did not call the model, or the model computed its own loss.
+        TrainingError: See `PSENetStep`.
     """
-    if not record.outputs:
-        raise TrainingError(NOT_CALLED)
+    calls = [
+        (inputs, outputs) for inputs, outputs in zip(record.inputs, record.detached().outputs, strict=True)
+    ]
+    if not calls or not any(t.dim() for t in calls[0][0]):
+        raise TrainingError(f"{_PARTS}, but the training step did not call the model itself with a batch")
     if any(t.dim() == 0 and t.requires_grad for t in tensors_in(record.outputs)):
         raise TrainingError(
-            "the model computes its own loss, so those of parallel networks cannot be told apart; compute it "
-            "in the training step from the logits"
+            f"{_PARTS}, but the model computes its own; compute it in the training step from the logits "
+            "(a Trainer does, with label_smoothing_factor or compute_loss_func), or train by another method"
         )
-    sizes = [next(len(t) for t in inputs if t.dim()) for inputs in record.inputs]
-    detached = record.detached().outputs
+    size = _size(calls[0][0])
     losses = []
     for part in range(parts):
-        given = [_part(outputs, size, part, parts) for outputs, size in zip(detached, sizes, strict=True)]
-        with torch.no_grad(), running(model, {model: _Given(given)}):
-            own = _part((args, kwargs), sizes[0], part, parts)
-            losses.append(loss_of(training_step(*own[0], **own[1])).detach())
+        given = _Given([_part(call, _size(call[0]), part, parts) for call in calls])
+        own_args, own_kwargs = _part((args, kwargs), size, part, parts)
+        with torch.no_grad(), torch.random.fork_rng(), running(model, {model: given}):
+            try:
+                losses.append(loss_of(training_step(*own_args, **own_kwargs)).detach())
+            except TrainingError:
+                raise
+            except Exception as error:
+                raise TrainingError(
+                    f"{_PARTS}, which failed ({error}): it takes batches of tensors, in tuples, lists, "
+                    "mappings or dataclasses, and a training step that reads nothing else"
+                ) from error
     return torch.stack(losses)
+
+
+_PARTS = "PSE-Net computes the loss of each part of a batch"
+
+
+def _size(inputs: Sequence[Tensor]) -> int:
+    """Samples of a call."""
+    return next((len(t) for t in inputs if t.dim()), 0)
 
 
 def _part(batch: Any, size: int, part: int, parts: int) -> Any:
@@ -184,10 +210,21 @@ def _part(batch: Any, size: int, part: int, parts: int) -> Any:
 
 
 class _Given(Replacement):
-    """Outputs in place of a model, call by call."""
+    """Outputs in place of a model, call by call, for the inputs that they belong to.
 
-    def __init__(self, outputs: Sequence[Any]) -> None:
-        self.outputs = iter(outputs)
+    Args:
+        calls: (inputs, outputs) of each.
+    """
+
+    def __init__(self, calls: Sequence[tuple[list[Tensor], Any]]) -> None:
+        self.calls = iter(calls)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        return next(self.outputs)
+        inputs, outputs = next(self.calls, ([], None))
+        mine = tensors_in((args, kwargs))
+        if len(mine) != len(inputs) or not all(map(torch.equal, mine, inputs)):
+            raise TrainingError(
+                f"{_PARTS}, but the training step gave the model other inputs for it than for the batch; "
+                "augment in the data loader, and let it take no batch apart by itself"
+            )
+        return outputs

@@ -130,7 +130,7 @@ def train_supernet(
         supernet: What to train.
         steps: From `nni_dbs.sampling`.
         distill: See `SupernetStep`.
-        make: The class of the step, with its arguments.
+        make: Builds the step from supernet, steps, training step and `distill`.
 
     Yields:
         The step that takes the place of the user's.

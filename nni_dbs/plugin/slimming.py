@@ -80,7 +80,8 @@ class AutoSlimPruner(SupernetPruner):
     def within(self, budget: Budget | float | str | Mapping[str, float | str]) -> Widths:
         """The network of the same run for another budget of FLOPs and parameters, larger than the run's.
 
-        As a run of its own would give it. With the model unwrapped (`unwrap_model`), cut it out by
+        As a run of its own would give it, but for the rules that train starting points, which are of the
+        run's own budget. With the model unwrapped (`unwrap_model`), cut it out by
         `torch_pruning_adapters.shrink(model, pruner.space.groups, widths, pruner.order)`.
 
         Raises:

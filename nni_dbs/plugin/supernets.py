@@ -38,7 +38,7 @@ class SupernetPruner(EvaluatingPruner):
             points; spfs_options, sandwich, uniform and parallel networks of the whole space. With bcnet, a
             network's score is the mean of its first and its last channels'.
         per_step: Networks that a step draws, beside the largest and the smallest where the rule has these;
-            at most all starting points.
+            at most all starting points. uniform and bcnet draw one.
         kwargs: See `EvaluatingPruner`.
     """
 
@@ -96,7 +96,7 @@ class SupernetPruner(EvaluatingPruner):
 
     def _steps(self, points: Sequence[Widths]) -> Iterator[Step]:
         generator = torch.Generator().manual_seed(self.seed)
-        per_step = min(self.per_step, len(points)) if points else self.per_step
+        per_step = min(self.per_step, len(points)) if self.rule in RULES_OF_POINTS else self.per_step
         return RULES[self.rule](self.space, points, generator, per_step)
 
 
@@ -235,8 +235,8 @@ class EvolutionPruner(SupernetSearchPruner):
         evaluations: Networks to evaluate altogether, the initial ones included.
         per_round: Networks of a round.
         predictor: Breed on a predictor, by `GuidedEvolution`; else by `EvolutionSearch`.
-        initial: Networks before evolution begins. With a predictor, and for a rule that trains starting
-            points, these are so many.
+        initial: Networks before evolution begins. With a predictor they are starting points; without one, a
+            rule that trains starting points has as many, but others.
         parents: The best so many breed; without a predictor. Default: 8.
         mutation: Chance that a group of a mutant is drawn anew.
         rule, per_step: See `SupernetPruner`.
@@ -267,7 +267,14 @@ class EvolutionPruner(SupernetSearchPruner):
         if predictor and parents is not None:
             raise ConfigError("parents: with a predictor a quarter of the population breeds; leave it out")
         parents = 8 if parents is None else parents
-        _check_evolution(evaluations, initial, parents, mutation)
+        if initial < 1 or evaluations < initial:
+            raise ConfigError(
+                f"evaluations ({evaluations}) count the initial networks ({initial}), which are at least 1"
+            )
+        if parents < 1:
+            raise ConfigError(f"parents must be at least 1, not {parents}")
+        if not 0 <= mutation <= 1:
+            raise ConfigError(f"mutation must lie in [0, 1], not {mutation}")
         super().__init__(
             model,
             config_list,
@@ -303,32 +310,31 @@ class EvolutionPruner(SupernetSearchPruner):
         return super()._points(searcher) or self._starting_points(self.initial)
 
 
-class PSENetPruner(SupernetPruner, SearchPruner):
+class PSENetPruner(EvolutionPruner):
     """PSE-Net: parallel sub-networks train the supernet, and their losses guide an evolutionary search.
 
     The shortest training of a supernet: `compress(max_steps, max_epochs)` runs the largest network, the
     smallest and `per_step` random ones on parts of each batch, all in one pass at full width. What the parts
     lose, by the width of each group, becomes a prior distribution of the widths inside of the budget. From
     there evolution draws its first networks and the new genes of its mutants, and evaluates networks in
-    rounds. Give the evaluator batches that `per_step + 2` divides, with 16 images or more for each network.
+    rounds.
+
+    Give the evaluator batches that `per_step + 2` divides, with 16 images or more for each network, and drop
+    a last smaller one (`drop_last=True`). After a few dozen steps the prior is mostly noise. A model that
+    computes its own loss, as most of Transformers' do, cannot be trained so.
 
     Sources and reconstructions: `nni_dbs.algorithms.pse_net`.
 
     Args:
-        evaluations: Networks to evaluate altogether, the initial ones included.
-        per_round: Networks of a round.
-        initial: Networks before evolution begins.
-        parents: The best so many breed.
-        mutation: Chance that a group of a mutant is drawn anew.
         per_step: See `SupernetPruner`.
-        calibration_steps: See `EvaluatingPruner`.
-        kwargs: See `WidthPruner`.
+        kwargs: See `EvolutionPruner`, but for `rule` and `predictor`.
 
     Attributes:
         records: The losses of the training, after `compress`.
     """
 
     method = "pse_net"
+    records: WidthRecords
 
     def __init__(
         self,
@@ -337,47 +343,25 @@ class PSENetPruner(SupernetPruner, SearchPruner):
         evaluator: Evaluator,
         existed_wrappers: dict | None = None,
         *,
-        evaluations: int = 96,
-        per_round: int = 8,
-        initial: int = 16,
-        parents: int = 8,
-        mutation: float = 0.1,
         per_step: int = 2,
-        calibration_steps: int = CALIBRATION_STEPS,
         **kwargs: Any,
     ) -> None:
-        _check_evolution(evaluations, initial, parents, mutation)
-        if "rule" in kwargs:
-            raise ConfigError("rule: PSE-Net trains parallel networks; EvolutionPruner has a choice of rules")
+        for name in ("rule", "predictor"):
+            if name in kwargs:
+                raise ConfigError(
+                    f"{name}: PSE-Net trains parallel networks and breeds from their losses; "
+                    "EvolutionPruner has this choice"
+                )
         super().__init__(
-            model,
-            config_list,
-            evaluator,
-            existed_wrappers,
-            rule="parallel",
-            per_step=per_step,
-            evaluations=evaluations,
-            per_round=per_round,
-            calibration_steps=calibration_steps,
-            **kwargs,
+            model, config_list, evaluator, existed_wrappers, rule="parallel", per_step=per_step, **kwargs
         )
-        self.initial = initial
-        self.parents = parents
-        self.mutation = mutation
-        self.records = WidthRecords(self.space)
 
     def _make_step(self, *args: Any) -> SupernetStep:
         return PSENetStep(*args, records=self.records)
 
-    def _options(self) -> dict[str, Any]:
-        return {"initial": self.initial, "parents": self.parents, "mutation": self.mutation}
-
     def _searcher(self) -> Searcher:
         prior = None if self.prior is None else chances_of(self.space, self.prior)
         return EvolutionSearch(self.space, self.bounds, self.seed, prior=prior, **self._options())
-
-    def tuner_arguments(self) -> dict[str, Any]:
-        return {"searcher": "evolution", "seed": self.seed, "per_round": self.per_round, **self._options()}
 
     def _choose(self, model: nn.Module) -> Widths:
         self.records = WidthRecords(self.space)
@@ -385,8 +369,8 @@ class PSENetPruner(SupernetPruner, SearchPruner):
         with self._stage("search"):
             chances = tilted(self.space, self.bounds, errors=self.records.errors)
             self.prior = chances_by_width(self.space, chances)
-            searcher = self._searcher()
-        return self._search(model, searcher)
+            self._searched = self._searcher()
+        return self._search(model, self._searched)
 
     def _compress(self) -> None:
         super()._compress()
@@ -394,15 +378,3 @@ class PSENetPruner(SupernetPruner, SearchPruner):
         self.result.prior = {
             name: {str(width): chance for width, chance in row.items()} for name, row in self.prior.items()
         }
-
-
-def _check_evolution(evaluations: int, initial: int, parents: int, mutation: float) -> None:
-    """Raises `ConfigError` for options out of their range."""
-    if initial < 1 or evaluations < initial:
-        raise ConfigError(
-            f"evaluations ({evaluations}) count the initial networks ({initial}), which are at least 1"
-        )
-    if parents < 1:
-        raise ConfigError(f"parents must be at least 1, not {parents}")
-    if not 0 <= mutation <= 1:
-        raise ConfigError(f"mutation must lie in [0, 1], not {mutation}")
