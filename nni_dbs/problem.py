@@ -28,7 +28,8 @@ class Problem:
         order: Which channels of each group come first, as `shrink` takes it.
         budget: As `Budget.parse` takes it.
         prior: Group name -> width -> chance, where something is known of the widths before the search, as
-            `nni_dbs.pool.chances_by_width` gives it; for an evolutionary search (PSE-Net).
+            `nni_dbs.pool.chances_by_width` gives it; for an evolutionary search (PSE-Net). It belongs to the
+            problem's own budget; under another one, evolution is as legal and less well advised.
     """
 
     space: WidthSpace

@@ -126,7 +126,7 @@ def test_rank_consistency_goes_on_where_it_was_interrupted(
     monkeypatch.setattr(sys, "argv", ["rank_consistency", "--quick", "--out", str(out)])
     bench.main()
     whole = json.loads(out.read_text())
-    assert [row["ranked by"] for row in whole["rows"]] == [*bench.METHODS, "FLOPs", "ceiling"]
+    assert [row["ranked by"] for row in whole["rows"]] == [*bench.METHODS, "FLOPs", "another seed"]
     kinds = [run["kind"] for run in whole["runs"]]
     assert [kinds.count(kind) for kind in ("tune", "alone", "supernet")] == [6, 8, 7]
     assert (tmp_path / "rank.png").stat().st_size > 10_000
@@ -159,20 +159,18 @@ def test_the_networks_to_rank_lie_in_the_band_and_train_no_supernet(monkeypatch:
     assert all(0.8 <= share <= 1.05 for share in used) and max(used) > 1
 
 
-def test_intervals_and_ceilings_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_and_pairs_of_seeds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT)
     bench = importlib.import_module("examples.benchmarks.rank_consistency")
     truth = np.arange(30.0)
     same, reverse = truth**3, -truth
-    assert bench.with_interval(same[None], truth[None]) == pytest.approx((1, 1, 1), rel=1e-14)
+    assert bench.interval(bench.resampled(same[None], truth[None])) == pytest.approx([1, 1], rel=1e-14)
     assert bench.mean_tau(np.stack([same, reverse]), np.stack([truth, truth])) == 0
     noisy = truth + np.random.default_rng(0).normal(0, 10, 30)
-    tau, low, high = bench.with_interval(noisy[None], truth[None])
-    assert -1 < low < tau < high < 1 and high - low > 0.1
-    seeds = np.array([[1.0, 2.0], [3.0, 5.0], [5.0, 5.0]])
-    mine, others = bench.ceiling(seeds)
-    assert mine.tolist() == seeds.tolist()
-    assert others.tolist() == [[4.0, 5.0], [3.0, 3.5], [2.0, 3.5]]
+    low, high = bench.interval(bench.resampled(noisy[None], truth[None]))
+    assert -1 < low < bench.mean_tau(noisy[None], truth[None]) < high < 1 and high - low > 0.1
+    first, second = bench.pairs_of_seeds(np.array([[1.0, 2.0], [3.0, 5.0], [6.0, 7.0]]))
+    assert first.tolist() == [[1, 2], [1, 2], [3, 5]] and second.tolist() == [[3, 5], [6, 7], [6, 7]]
     runs = [
         {"kind": "tune", "method": m, "rate": r, "scores": [s, s]}
         for m, r, s in (("spfs", 0.1, 3.0), ("spfs", 0.2, 4.0), ("parallel", 0.1, 5.0))

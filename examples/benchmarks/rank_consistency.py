@@ -8,11 +8,15 @@ recalibrated. The learning rate of each rule is the one of four after which, in 
 the length, its starting points score best; the drawn networks have no part in that choice.
 
 `tau` is Kendall's, of scores and truth, the mean over the supernets; `low` and `high` its 95 % interval when
-the networks are drawn again (bootstrap). Beside the rules: the rank by FLOPs, and the ceiling, which is the
-tau of one seed's accuracies alone with the mean of the others'. `inherited` is the mean score of the
-networks, `top` the truth of the one that the supernet likes best, `seconds` CPU seconds of a training, and
-`cost` that over the sandwich's. `parallel_twice` is parallel on twice the images, for about the sandwich's
-time. Under `bcnet` a network's score is the mean of its first and its last channels'.
+the networks are drawn again (bootstrap; it knows nothing of other supernets' seeds), `over_sandwich` its
+difference to the sandwich's, with the interval of that over the same draws. Beside the rules: the rank by
+FLOPs, and that by the accuracies alone of another seed, the mean over pairs of seeds: what a single training
+tells of another one (the truth is less noisy than that, so a rule may well be above it). `inherited` is the
+mean score of the networks, `top` the truth of the one that the supernet likes best, `seconds` CPU seconds of
+a training (on a GPU: seconds), and `cost` that over the sandwich's. path_fair and spfs train other networks
+of the same band, the other rules networks of the whole space. `parallel_twice` is parallel on twice the
+images, for about the sandwich's time, at parallel's learning rate. Under `bcnet` a network's score is the
+mean of its first and its last channels'.
 
     python -m examples.benchmarks.rank_consistency --processes 2 \\
         --out examples/benchmarks/rank_consistency.json
@@ -59,7 +63,7 @@ from nni_dbs.training import accuracy, reinitialise, sgd, training_loop, trainin
 from torch_pruning_adapters import find_channel_groups, prefix_order, shrink
 
 BAND = (0.8, 1.05)  # of the budget
-TWICE = "parallel_twice"
+TWICE, ANOTHER = "parallel_twice", "another seed"
 METHODS = ("uniform", "sandwich", "path_fair", "spfs", "parallel", TWICE, "bcnet")
 IMAGE = torch.zeros(1, 3, 32, 32)
 
@@ -227,7 +231,8 @@ def _train(
     model: nn.Module, setting: Setup, recipe: Recipe, seed: int, device: torch.device, step: Any
 ) -> float:
     loop = training_loop(setting.splits.train, recipe, device=device, seed=seed, quiet=True)
-    return timed(lambda: loop(model, sgd(model, recipe), step)).cpu
+    taken = timed(lambda: loop(model, sgd(model, recipe), step))  # which ends with the loss on this machine
+    return taken.cpu if device.type == "cpu" else taken.wall
 
 
 def _score(
@@ -282,39 +287,44 @@ def mean_tau(rankings: np.ndarray, truths: np.ndarray) -> float:
     return float(np.mean([kendalltau(row, truth).statistic for row, truth in pairs]))
 
 
-def with_interval(
-    rankings: np.ndarray, truths: np.ndarray, resamples: int = 1000
-) -> tuple[float, float, float]:
-    """`mean_tau` and its 95 % bootstrap interval over the networks."""
+def resampled(rankings: np.ndarray, truths: np.ndarray, resamples: int = 1000) -> np.ndarray:
+    """`mean_tau` (resamples,) of networks drawn with replacement; of as many networks, the same draws."""
     generator = np.random.default_rng(0)
     drawn = generator.integers(rankings.shape[1], size=(resamples, rankings.shape[1]))
-    taus = [mean_tau(rankings[:, rows], truths[:, rows]) for rows in drawn]
-    low, high = np.nanquantile(taus, [0.025, 0.975])
-    return mean_tau(rankings, truths), float(low), float(high)
+    return np.array([mean_tau(rankings[:, rows], truths[:, rows]) for rows in drawn])
 
 
-def ceiling(accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each seed's accuracies (S, N), and the mean of the other seeds' (S, N)."""
-    others = [np.delete(accuracies, seed, axis=0).mean(0) for seed in range(len(accuracies))]
-    return accuracies, np.stack(others)
+def interval(values: np.ndarray) -> list[float]:
+    """That 95 % of the values lie in."""
+    return [float(x) for x in np.nanquantile(values, [0.025, 0.975])]
+
+
+def pairs_of_seeds(accuracies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of seeds' accuracies (S, N), those of the first and of the second of each pair (P, N)."""
+    first, second = zip(*itertools.combinations(accuracies, 2), strict=True)
+    return np.stack(first), np.stack(second)
 
 
 def summary(runs: Sequence[Row], networks: Sequence[Mapping[str, int]], flops: Sequence[int]) -> list[Row]:
-    """One row for each rule, the ceiling and FLOPs; none before a seed of trainings alone is complete."""
+    """One row for each rule, FLOPs and another seed; none before a seed of trainings alone is complete."""
     accuracies = truth_of(runs, len(networks))
     if not len(accuracies):
         return []
     truth = accuracies.mean(0)
-    sandwich = [run["seconds"] for run in runs if run["kind"] == "supernet" and run["method"] == "sandwich"]
-    rows = []
-    for method in METHODS:
-        found = [run for run in runs if run["kind"] == "supernet" and run["method"] == method]
+    trained = {
+        method: [run for run in runs if run["kind"] == "supernet" and run["method"] == method]
+        for method in METHODS
+    }
+    sandwich = [run["seconds"] for run in trained["sandwich"]]
+    rows, taus = [], {}
+    for method, found in trained.items():
         if not found:
             continue
         scores = np.array([run["scores"] for run in found])
         seconds = statistics.mean(run["seconds"] for run in found)
+        row, taus[method] = _row(method, scores, np.stack([truth] * len(scores)))
         rows.append(
-            _row(method, scores, np.stack([truth] * len(scores)))
+            row
             | {
                 "inherited": float(scores.mean()),
                 "top": statistics.mean(float(truth[s.argmax()]) for s in scores),
@@ -324,15 +334,22 @@ def summary(runs: Sequence[Row], networks: Sequence[Mapping[str, int]], flops: S
             }
         )
     nothing = dict.fromkeys(("inherited", "top", "rate", "seconds", "cost"))
-    rows.append(_row("FLOPs", np.array([flops]), truth[None]) | nothing)
+    rows.append(_row("FLOPs", np.array([flops]), truth[None])[0] | nothing)
     if len(accuracies) > 1:
-        rows.append(_row("ceiling", *ceiling(accuracies)) | nothing | {"top": float(truth.max())})
+        rows.append(_row(ANOTHER, *pairs_of_seeds(accuracies))[0] | nothing | {"top": float(truth.max())})
+    for row in rows:
+        compared = row["ranked by"] in taus and "sandwich" in taus
+        difference = taus[row["ranked by"]] - taus["sandwich"] if compared else None
+        row["over_sandwich"] = None if difference is None else [round(x, 4) for x in interval(difference)]
     return rows
 
 
-def _row(name: str, rankings: np.ndarray, truths: np.ndarray) -> Row:
-    tau, low, high = with_interval(rankings, truths)
-    return {"ranked by": name, "seeds": len(rankings), "tau": tau, "low": low, "high": high}
+def _row(name: str, rankings: np.ndarray, truths: np.ndarray) -> tuple[Row, np.ndarray]:
+    """A row, and the taus of its resamples."""
+    taus = resampled(rankings, truths)
+    low, high = interval(taus)
+    tau = mean_tau(rankings, truths)
+    return {"ranked by": name, "seeds": len(rankings), "tau": tau, "low": low, "high": high}, taus
 
 
 def plot(record: Row) -> Figure:
@@ -365,10 +382,10 @@ def plot(record: Row) -> Figure:
     figure.supylabel("accuracy in the supernet (%)", fontsize=9)
     settings = record["settings"]
     others = {row["ranked by"]: row["tau"] for row in record["rows"]}
-    ceiling_text = f", between seeds {others['ceiling']:.2f}" if "ceiling" in others else ""
+    between = f", between two seeds {others[ANOTHER]:.2f}" if ANOTHER in others else ""
     figure.suptitle(
         f"{len(truth)} networks of {settings['budget']:.0%} of ResNet-{settings['depth']}'s FLOPs on "
-        f"digits-clutter: τ by FLOPs {others['FLOPs']:.2f}{ceiling_text}",
+        f"digits-clutter: τ by FLOPs {others['FLOPs']:.2f}{between}",
         fontsize=10,
         x=0.01,
         ha="left",
@@ -389,8 +406,12 @@ def results(tasks: Sequence[Task], sizes: Sizes, device: str, processes: int) ->
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        for future in as_completed([pool.submit(run, task, sizes, device) for task in tasks]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(run, task, sizes, device) for task in tasks]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main() -> None:
@@ -438,8 +459,8 @@ def begun(args: argparse.Namespace, sizes: Sizes) -> Row:
     record = json.loads(json.dumps(record))
     if args.out is not None and args.out.exists():
         before = json.loads(args.out.read_text())
-        if any(before[key] != record[key] for key in ("settings", "networks")):
-            raise SystemExit(f"{args.out} has other settings; choose another --out")
+        if any(before[key] != record[key] for key in ("settings", "networks", "device", "versions")):
+            raise SystemExit(f"{args.out} has other settings, versions or device; choose another --out")
         record["runs"] = before["runs"]
     return record
 
