@@ -357,9 +357,9 @@ def plot(record: Row) -> Figure:
     accuracies = truth_of(record["runs"], len(record["networks"]))
     truth, spread = accuracies.mean(0), accuracies.std(0, ddof=1) if len(accuracies) > 1 else 0
     rows = [row for row in record["rows"] if row["ranked by"] in METHODS]
-    columns = 3
+    columns = min(len(rows), 4)
     lines = math.ceil(len(rows) / columns)
-    figure = Figure(figsize=(3.1 * columns, 2.9 * lines + 0.7), layout="constrained")
+    figure = Figure(figsize=(3.1 * columns, 2.7 * lines + 0.7), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, squeeze=False).flatten()
     for panel, row in zip(axes, rows, strict=False):
         name = row["ranked by"]
@@ -375,7 +375,7 @@ def plot(record: Row) -> Figure:
         )
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-        panel.tick_params(labelsize=8, colors=FAINT)
+        panel.tick_params(labelsize=8, colors=FAINT, labelbottom=True)
     for panel in axes[len(rows) :]:
         panel.set_axis_off()
     figure.supxlabel("accuracy trained alone (%), mean and standard deviation over seeds", fontsize=9)

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
+from nni_dbs.algorithms.pse_net import PSENetStep, WidthRecords
 from nni_dbs.errors import EvaluatorError, TrainingError, UserError
 from nni_dbs.plugin.evaluator import recalibrate_batchnorm, repair, score, train_supernet
 from nni_dbs.sampling import Step, bcnet, draw_paths, in_parallel, path_fair, sandwich, spfs, uniform
@@ -579,6 +580,26 @@ def test_recalibrating_and_scoring_at_widths_equals_the_shrunk_model(kind: Kind,
         torch.testing.assert_close(norm.running_var[kept], small_norm.running_var, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["torch", "lightning"])
+def test_pse_nets_step_keeps_records_and_trains_alike(name: str, tmp_path: Path) -> None:
+    found = []
+    for recorded in (False, True):
+        kind = installed(name)
+        model = kind.make_model()
+        evaluator = kind.make_evaluator(model, tmp_path)
+        supernet = supernet_of(model)
+        records = WidthRecords(space_of(supernet))
+        evaluator.bind_model(model)
+        make = functools.partial(PSENetStep, records=records) if recorded else SupernetStep
+        with train_supernet(evaluator, supernet, steps_of(supernet, "parallel"), make=make) as step:
+            evaluator.train(max_steps=4)
+        assert step.taken == 4
+        evaluator.unbind_model()
+        found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        assert bool(records.counts.sum() > 0) == recorded
+    assert same(*found)
+
+
 class TestTorch:
     def test_the_training_function_gets_the_step_and_its_state(self, tmp_path: Path) -> None:
         model = make_net()
@@ -877,6 +898,17 @@ class TestTransformers:
         model = Classifier()
         with pytest.raises(TrainingError, match="compute it in the training step from the logits"):
             trained(transformers_evaluator(model, tmp_path), model, "parallel distilled", max_steps=3)
+
+    def test_pse_net_cannot_tell_parts_of_a_loss_that_the_model_computes(self, tmp_path: Path) -> None:
+        model = Classifier()
+        evaluator, supernet = transformers_evaluator(model, tmp_path), supernet_of(model)
+        evaluator.bind_model(model)
+        make = functools.partial(PSENetStep, records=WidthRecords(space_of(supernet)))
+        with (
+            pytest.raises(TrainingError, match="label_smoothing_factor or compute_loss_func"),
+            train_supernet(evaluator, supernet, steps_of(supernet, "parallel"), make=make),
+        ):
+            evaluator.train(max_steps=1)
 
     @pytest.mark.parametrize("rule", INSIDE)
     def test_the_loss_inside_of_the_model_equals_one_outside(self, rule: str, tmp_path: Path) -> None:
