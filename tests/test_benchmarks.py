@@ -28,6 +28,7 @@ COLUMNS = {
     "supernet_speed": {"order", "measured", "ms", "against", "against_ms", "ratio"},
     "supernet_memory": {"step", "order", "peak_mb", "gradients_mb", "of_plain", "of_aim"},
     "search_step": {"method", "ms", "plain_ms", "ratio"},
+    "prior_hits": {"groups", "uniform", "prior", "searched", "prior/uniform", "searched/uniform"},
 }
 
 
