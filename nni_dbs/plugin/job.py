@@ -211,7 +211,7 @@ def prune(
     """
     pruner_class = method(config.method)
     if config.executor == "nni" and not issubclass(pruner_class, SearchPruner):
-        able = " and ".join(name for name, p in METHODS.items() if issubclass(p, SearchPruner))
+        able = ", ".join(name for name, p in METHODS.items() if issubclass(p, SearchPruner))
         raise ConfigError(
             f"executor: an NNI experiment scores the networks of {able}; method {config.method!r} asks for "
             "none of it: set executor=local"
