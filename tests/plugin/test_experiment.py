@@ -310,7 +310,7 @@ def test_prepare_writes_an_experiment_that_nni_accepts(
         ({"experiment": {"service": {}}}, "name its platform"),
         (
             {"method": "uniform", "options": {}},
-            "the networks of dbs and random; method 'uniform' asks for none",
+            "the networks of dbs, pse_net, evolution, random; method 'uniform' asks for none",
         ),
         ({"method": "autoslim", "options": {}}, "method 'autoslim' asks for none of it: set executor=local"),
         ({"budget": {"flops": 0.5, "latency_ms": 3}}, "set executor=local"),
