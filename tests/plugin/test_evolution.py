@@ -228,7 +228,7 @@ def test_a_tuner_proposes_what_the_pruner_would(
         ({"parents": 0}, "parents must be at least 1, not 0"),
         ({"parents": 4, "predictor": True}, "with a predictor a quarter of the population breeds"),
         ({"mutation": 1.5}, r"mutation must lie in \[0, 1\], not 1.5"),
-        ({"rule": "sandwic"}, "no training rule 'sandwhich' .did you mean 'sandwich'"),
+        ({"rule": "sandwic"}, "no training rule 'sandwic' .did you mean 'sandwich'"),
         ({"calibration_steps": -1}, "calibration_steps must not be negative"),
     ],
 )

@@ -354,7 +354,7 @@ def test_a_latency_is_kept_when_it_is_measured(slower: float, clock: Clock, tmp_
         ({"limit": 1}, "limit must be at least 2"),
         ({"calibration_steps": -1}, "calibration_steps must not be negative"),
         ({"per_step": 0}, "per_step must be at least 1"),
-        ({"rule": "sandwic"}, "no training rule 'sandwhich' .did you mean 'sandwich'"),
+        ({"rule": "sandwic"}, "no training rule 'sandwic' .did you mean 'sandwich'"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
