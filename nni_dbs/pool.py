@@ -47,10 +47,10 @@ def tilted(space: WidthSpace, bounds: Bounds, target: float = 0.97, errors: Tens
     Raises:
         ConfigError: Errors that are not finite.
     """
-    if errors is not None and not errors.isfinite().all():
-        raise ConfigError("errors of the choices must be finite")
     choices, counts = space.padded_choices()
     valid = torch.arange(choices.shape[1]) < counts.unsqueeze(1)
+    if errors is not None and not errors[valid].isfinite().all():
+        raise ConfigError("errors of the choices must be finite")
     choices = choices.where(valid, 0)
     loss = torch.zeros_like(choices)
     if errors is not None:

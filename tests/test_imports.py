@@ -14,7 +14,7 @@ import torch_pruning_adapters
 ROOT = Path(nni_dbs.__file__).parents[1]
 
 LAYERS = (
-    ("errors", "files"),
+    ("errors", "files", "batches"),
     ("space", "cost"),
     ("supernet", "latency", "projection", "pool", "slimmable", "sampling", "steps", "bilevel", "evaluate"),
     ("algorithms", "predict", "search", "guided"),

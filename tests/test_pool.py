@@ -214,6 +214,15 @@ def test_errors_that_are_all_alike_say_nothing() -> None:
     assert torch.equal(tilted(space, bounds, errors=torch.full(shape, 3.0)), tilted(space, bounds))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_errors_that_are_not_finite_are_refused(bad: float) -> None:
+    space, bounds = within(chain(), 0.5)
+    errors = torch.zeros_like(space.padded_choices()[0])
+    errors[1, 0] = bad
+    with pytest.raises(ConfigError, match="must be finite"):
+        tilted(space, bounds, errors=errors)
+
+
 def test_errors_in_the_padding_do_not_matter() -> None:
     space, bounds = within(uneven(), 0.3)
     choices, _ = space.padded_choices()

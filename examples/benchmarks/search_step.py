@@ -58,7 +58,7 @@ CASES = (
     Case("cifar resnet20", resnet20, 10, 32, 64, 4),
     Case("resnet18", lambda: build_model("resnet18"), 1000, 64, 32, 8),
 )
-QUICK = (Case("resnet18", lambda: build_model("resnet18"), 1000, 32, 4, 32, steps=2),)
+QUICK = (Case("resnet18", lambda: build_model("resnet18"), 1000, 32, 8, 32, steps=2),)
 
 
 def bounds_of(space: WidthSpace, model: nn.Module, image: Tensor) -> Bounds:
