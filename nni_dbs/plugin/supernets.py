@@ -299,8 +299,10 @@ class EvolutionPruner(SupernetSearchPruner):
         return {"initial": self.initial, "parents": self.parents, "mutation": self.mutation}
 
     def _searcher(self) -> Searcher:
-        kind = GuidedEvolution if self.predictor else EvolutionSearch
-        return kind(self.space, self.bounds, self.seed, **self._options())
+        if self.predictor:
+            return GuidedEvolution(self.space, self.bounds, self.seed, **self._options())
+        prior = None if self.prior is None else chances_of(self.space, self.prior)
+        return EvolutionSearch(self.space, self.bounds, self.seed, prior=prior, **self._options())
 
     def tuner_arguments(self) -> dict[str, Any]:
         name = "guided_evolution" if self.predictor else "evolution"
@@ -358,10 +360,6 @@ class PSENetPruner(EvolutionPruner):
 
     def _make_step(self, *args: Any) -> SupernetStep:
         return PSENetStep(*args, records=self.records)
-
-    def _searcher(self) -> Searcher:
-        prior = None if self.prior is None else chances_of(self.space, self.prior)
-        return EvolutionSearch(self.space, self.bounds, self.seed, prior=prior, **self._options())
 
     def _choose(self, model: nn.Module) -> Widths:
         self.records = WidthRecords(self.space)

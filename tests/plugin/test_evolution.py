@@ -239,6 +239,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 @pytest.mark.parametrize("max_steps", [0, 3])
 def test_an_evaluator_is_needed(max_steps: int) -> None:
-    pruner = EvolutionPruner(make_net(), CONVS, None, example_inputs=IMAGE, **TINY)  # type: ignore[arg-type]
+    missing: Any = None
+    pruner = EvolutionPruner(make_net(), CONVS, missing, example_inputs=IMAGE, **TINY)
     with pytest.raises(ConfigError, match="EvolutionPruner needs an evaluator"):
         pruner.compress(max_steps=max_steps)
