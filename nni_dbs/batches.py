@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_pruning_adapters.graph import tensors_in
+from torch_pruning_adapters.calls import tensors_in
 
 
 def batch_size(batch: Any) -> int:

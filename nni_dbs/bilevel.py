@@ -27,7 +27,7 @@ from nni_dbs.sampling import Step
 from nni_dbs.space import Widths
 from nni_dbs.steps import Distill, PatchedStep, kl_divergence, pass_loss, step_loss
 from nni_dbs.supernet import Supernet
-from torch_pruning_adapters.graph import tensors_in
+from torch_pruning_adapters.calls import tensors_in
 from torch_pruning_adapters.importance import Order
 
 ComputeLoss = Callable[[], Tensor]

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
@@ -39,9 +39,9 @@ from torch_pruning_adapters import (
     removed_blocks,
     shrink,
 )
+from torch_pruning_adapters.calls import Inputs, preserved
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.graph import Inputs, preserved
-from torch_pruning_adapters.group import lies_in
+from torch_pruning_adapters.group import Member, Product, lies_in
 
 NOT_COUNTED = (
     "aten::batch_norm",
@@ -334,6 +334,12 @@ class FlopsCost(PolynomialCost):
         terms = []
         products = _products(model, "", counts)
         constant = products
+        for layer, amount, factors in _product_factors(groups):
+            block = block_of(layer)
+            terms.append(_Term(layer, amount, factors, block))
+            constant -= _full(terms[-1], groups)
+            if block is not None:
+                counts = {**counts, block: counts[block] - _full(terms[-1], groups)}
         for name, module in model.named_modules():
             if name in blocks and (in_block := _products(module, name, counts)):
                 terms.append(_Term(name, in_block, (), name))
@@ -358,8 +364,35 @@ class FlopsCost(PolynomialCost):
         if found != self(narrow):
             raise UnsupportedModelError(
                 f"{products} multiply-adds lie in matrix products outside of layers and depend on "
-                "the widths, which this cost does not follow"
+                f"the widths in a way that this cost does not follow ({found} counted, {self(narrow)} predicted)"
             )
+
+
+def _product_factors(groups: Sequence[ChannelGroup]) -> Iterator[tuple[str, int, tuple[_Linear, ...]]]:
+    """Products outside of layers that depend on widths: module, coefficient, lengths of the dimensions."""
+    found: dict[int, dict[int, list[tuple[int, Product]]]] = {}
+    for i, g in enumerate(groups):
+        for p in g.products:
+            found.setdefault(p.number, {}).setdefault(p.dimension, []).append((i, p))
+    for dims in found.values():
+        first = next(iter(dims.values()))[0][1]
+        layer, amount, factors = first.layer, first.amount, []
+        for parts in dims.values():
+            free = [(i, p) for i, p in parts if groups[i].frozen is None]
+            size = parts[0][1].size
+            slopes = tuple((i, p.entries * groups[i].step // groups[i].size) for i, p in free)
+            factors.append(_Linear(size - sum(p.entries for _, p in free), slopes))
+            amount //= size
+        if len(factors) > 2:
+            raise UnsupportedModelError(f"a matrix product in {layer!r} depends on {len(factors)} widths")
+        yield layer, amount, tuple(factors)
+
+
+def _full(term: _Term, groups: Sequence[ChannelGroup]) -> int:
+    lengths = (
+        f.constant + sum(s * groups[g].size // groups[g].step for g, s in f.slopes) for f in term.factors
+    )
+    return term.coefficient * math.prod(lengths)
 
 
 def _is_counted(module: nn.Module) -> bool:
@@ -440,12 +473,12 @@ def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
 
 def _dimension_lengths(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], dict[int, _Linear]]:
     """For each tensor (layer, name) that groups touch: dimension -> its length in units of the groups."""
-    axes: dict[tuple[str, str], list[tuple[int, Any]]] = {}
+    axes: dict[Any, list[tuple[int, Member]]] = {}
     for i, g in enumerate(groups):
         for m in g.members:
-            axes.setdefault((m.layer, m.role), []).append((i, m))
+            axes.setdefault(m.axis, []).append((i, m))
     lengths: dict[tuple[str, str], dict[int, _Linear]] = {}
-    for (layer, _), parts in axes.items():
+    for (layer, *_), parts in axes.items():
         free = [(i, m) for i, m in parts if groups[i].frozen is None]
         for name, dim in parts[0][1].tensors:
             blocks = parts[0][1].blocks_of(name)

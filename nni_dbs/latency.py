@@ -27,7 +27,7 @@ from nni_dbs.errors import ConfigError, ResultError
 from nni_dbs.files import write
 from nni_dbs.space import Widths, WidthSpace
 from torch_pruning_adapters import check_widths, prefix_order, shrink
-from torch_pruning_adapters.graph import Inputs, call, tensors_in
+from torch_pruning_adapters.calls import Inputs, call, tensors_in
 
 LEAST_SAMPLES = 8
 FOLDS = 6

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_pruning_adapters import ChannelGroup, WidthError, check_width, find_channel_groups
+from torch_pruning_adapters.calls import Inputs
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.graph import Inputs
 
 ROUNDING = 1e-9  # slack for ratios: 0.57 * 100 is below 57
 

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from nni_dbs.errors import TrainingError
 from nni_dbs.sampling import Step
 from nni_dbs.supernet import Cut, Supernet
-from torch_pruning_adapters.graph import tensors_in
+from torch_pruning_adapters.calls import tensors_in
 
 Distill = Callable[[Tensor, Tensor], Tensor]
 

@@ -42,6 +42,7 @@ from torch_pruning_adapters.surgery import (
     cut_sizes,
     keep_mask,
     kept_entries,
+    kept_sizes,
     layer_axes,
 )
 
@@ -101,6 +102,7 @@ class Supernet:
         self.order = check_orders(self.groups, order)
         self._mirrored = mirrored_order(self.groups, self.order)
         self._axes = layer_axes(self.groups)
+        self._readers = {a.member.layer: a.member.reader for a in self._axes if a.member.reader is not None}
 
     def modules(self) -> Iterator[nn.Module]:
         """All modules that training the supernet trains."""
@@ -123,12 +125,13 @@ class Supernet:
     def inexact(self) -> dict[str, str]:
         """Groups at whose widths `gated` and `parallel` only approximate the narrow network, and why.
 
-        A LayerNorm or GroupNorm over a group's channels takes its statistics over the gated ones too. `at`
-        is exact everywhere.
+        A LayerNorm or GroupNorm over a group's channels takes its statistics over the gated ones too, and so
+        do means and norms outside of layers. `at` is exact everywhere.
         """
+        kinds = ("layernorm", "groupnorm", "statistics")
         reasons = {}
         for g in self.groups:
-            norm = next((m for m in g.members if m.kind in ("layernorm", "groupnorm")), None)
+            norm = next((m for m in g.members if m.kind in kinds), None)
             if norm is not None:
                 reasons[g.name] = f"{norm.layer!r} takes its statistics over the channels of the group"
         return reasons
@@ -155,9 +158,6 @@ class Supernet:
             WidthError: Unknown group, or a width that the group cannot take.
         """
         forwards = self._sliced(widths, cuts, last)
-        for module in self.model.modules() if cuts is not None else ():
-            if module not in forwards and any(p is not None for p in module._parameters.values()):
-                forwards[module] = _Sliced(module, {}, cuts)
         with running(self.model, forwards):
             yield self.model
 
@@ -256,14 +256,23 @@ class Supernet:
         kept = self._kept(widths, last)
         narrowed = {g.name for g in self.groups if len(kept[g.name]) < g.size}
         removed = removed_blocks(self.groups, widths)
-        touched = {key: axis for key, axis in self._axes.items() if not narrowed.isdisjoint(axis.groups)}
+        touched = [axis for axis in self._axes if not narrowed.isdisjoint(axis.groups)]
         axes = axes_outside(touched, removed)
         forwards: dict[nn.Module, Replacement] = {
             submodule(self.model, block): _Removed() for block in removed
         }
-        for layer, entries in kept_entries(axes, keep_mask(self.groups, kept)).items():
+        keep = keep_mask(self.groups, kept)
+        entries, sizes = kept_entries(axes, keep), kept_sizes(axes, keep)
+        layers = dict.fromkeys((*entries, *sizes))
+        if cuts is not None:
+            layers.update(dict.fromkeys(n for n, m in self.model.named_modules() if any(_given(m))))
+        for layer in layers:
             module = submodule(self.model, layer)
-            forwards[module] = _Sliced(module, entries, cuts)
+            part = _Part(module, entries.get(layer, {}), sizes.get(layer, {}), cuts)
+            reader = submodule(self.model, self._readers.get(layer, layer))
+            sliced = forwards.setdefault(reader, _Sliced())
+            if isinstance(sliced, _Sliced):  # else it lies in a block that is removed
+                sliced.parts.append(part)
         return forwards
 
     def _kept(self, widths: Mapping[str, int], last: bool = False) -> dict[str, np.ndarray]:
@@ -276,9 +285,10 @@ class Supernet:
         numbers = np.cumsum([0, *(g.size for g in self.groups)])  # of each group's first channel
         first = dict(zip((g.name for g in self.groups), numbers, strict=False))
         forwards: dict[nn.Module, Replacement] = {}
-        for (layer, role), axis in self._axes.items():
+        for axis in self._axes:
+            layer = axis.member.layer
             on_axis = {name: gates[name] for name in axis.groups if name in gates}
-            if role != "consumer" or not on_axis:
+            if axis.member.role != "consumer" or not on_axis:
                 continue
             position = np.full(numbers[-1] + 1, -1)  # of a channel among those of `on_axis`
             length = 0
@@ -287,8 +297,16 @@ class Supernet:
                 position[first[name] : first[name] + size] = length + np.arange(size)
                 length += size
             module = submodule(self.model, layer)
-            after = module.weight.dim() - 2  # of a convolution, its spatial dimensions
-            forwards[module] = _Gated(layer, after, list(on_axis.values()), position[axis.channels], parts)
+            factors = _Factors(layer, list(on_axis.values()), position[axis.channels], parts)
+            if axis.member.reader is None and axis.member.kind in ("conv", "linear"):
+                after = module.weight.dim() - 2  # of a convolution, its spatial dimensions
+                forwards[module] = _Gated(factors, after)
+                continue
+            reader = submodule(self.model, self._readers.get(layer, layer))
+            weighted = forwards.setdefault(reader, _GatedWeights())
+            assert isinstance(weighted, _GatedWeights)
+            ((tensor, dim),) = axis.member.tensors
+            weighted.parts.append((module, tensor, dim, factors))
         return forwards
 
     def _check_gates(self, gates: Mapping[str, Tensor]) -> None:
@@ -349,17 +367,27 @@ class _Removed(Replacement):
         return x
 
 
-class _Sliced(Replacement):
-    """A layer on the active part of its parameters and buffers.
+def _given(module: nn.Module) -> Iterator[bool]:
+    """For each parameter that the module could have, whether it does."""
+    return (parameter is not None for parameter in module._parameters.values())
+
+
+class _Part:
+    """The active part of one module's parameters, buffers and sizes.
 
     Args:
         module: The layer.
         entries: tensor name -> dimension -> kept entries.
+        sizes: Integer attributes and their values.
         cuts: Collects the parts of parameters.
     """
 
     def __init__(
-        self, module: nn.Module, entries: Mapping[str, Mapping[int, np.ndarray]], cuts: list[Cut] | None
+        self,
+        module: nn.Module,
+        entries: Mapping[str, Mapping[int, np.ndarray]],
+        sizes: Mapping[str, int],
+        cuts: list[Cut] | None,
     ) -> None:
         self.module = module
         self.cuts = cuts
@@ -378,24 +406,19 @@ class _Sliced(Replacement):
                     indices[name] = _index(tensor, kept)
                     if name == "weight":
                         shape = [len(kept.get(d, range(n))) for d, n in enumerate(tensor.shape)]
-        self.sizes = cut_sizes(module, shape, length) if entries else {}
+        self.sizes = {**(cut_sizes(module, shape, length) if entries else {}), **sizes}
         if cuts is not None:
             whole = {name: () for name, tensor in module._parameters.items() if tensor is not None}
             self.parameters = {**whole, **self.parameters}
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def enter(self) -> Callable[[], None]:
+        """Puts the part in the place of the whole; what it returns undoes that."""
         module = self.module
         parameters: dict[str, Any] = {name: module._parameters[name] for name in self.parameters}
         buffers: dict[str, Any] = {name: module._buffers[name] for name in self.buffers}
         sizes = {name: vars(module)[name] for name in self.sizes}
-        try:
-            for name, index in self.parameters.items():
-                module._parameters[name] = self._part(parameters[name], index)  # type: ignore[assignment]
-            for name, index in self.buffers.items():
-                module._buffers[name] = _take(buffers[name], index)
-            vars(module).update(self.sizes)
-            return self.forward(*args, **kwargs)
-        finally:
+
+        def leave() -> None:
             vars(module).update(sizes)
             for name, index in self.buffers.items():
                 active = module._buffers[name]
@@ -405,6 +428,17 @@ class _Sliced(Replacement):
                     buffers[name].data.index_copy_(0, index[0], active)
             module._parameters.update(parameters)
 
+        try:
+            for name, index in self.parameters.items():
+                module._parameters[name] = self._part(parameters[name], index)  # type: ignore[assignment]
+            for name, index in self.buffers.items():
+                module._buffers[name] = _take(buffers[name], index)
+            vars(module).update(self.sizes)
+        except BaseException:
+            leave()
+            raise
+        return leave
+
     def _part(self, parameter: nn.Parameter, index: Index) -> Tensor:
         if self.cuts is None or not (parameter.requires_grad and torch.is_grad_enabled()):
             return _take(parameter, index)
@@ -413,23 +447,36 @@ class _Sliced(Replacement):
         return part
 
 
-class _Gated(Replacement):
-    """A layer that reads its input times the gates of the groups on its input axis.
+class _Sliced(Replacement):
+    """A module on active parts: its own, and those of modules whose weights it applies itself."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        undo = []
+        try:
+            for part in self.parts:
+                undo.append(part.enter())
+            return self.forward(*args, **kwargs)
+        finally:
+            for leave in reversed(undo):
+                leave()
+
+
+class _Factors:
+    """The gates of the groups on a layer's input axis.
 
     Args:
         layer: Its name, for messages.
-        after: Dimensions of its input that follow the channels.
         gates: (C,) or (B, C) of each group; (parts, C) where `parts` is given.
         channels: (N,) the channel behind each entry of the input axis, counted through `gates`; -1 for an
             entry of no group.
         parts: In how many parts the batch is split, one row of the gates for each.
     """
 
-    def __init__(
-        self, layer: str, after: int, gates: list[Tensor], channels: np.ndarray, parts: int | None
-    ) -> None:
+    def __init__(self, layer: str, gates: list[Tensor], channels: np.ndarray, parts: int | None) -> None:
         self.layer = layer
-        self.after = after
         self.gates = gates
         self.parts = parts
         self.open = bool(channels.min() < 0)
@@ -438,31 +485,73 @@ class _Gated(Replacement):
         if not np.array_equal(channels, np.arange(length)):
             self.channels = torch.from_numpy(np.where(channels < 0, length, channels)).to(gates[0].device)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        if args:
-            return self.forward(args[0] * self._factors(args[0]), *args[1:], **kwargs)
-        name, x = next(iter(kwargs.items()))
-        return self.forward(**{**kwargs, name: x * self._factors(x)})
-
-    def _factors(self, x: Tensor) -> Tensor:
-        """The gates of the axis, in the shape and precision of `x`."""
+    def of_input(self, x: Tensor, after: int) -> Tensor:
+        """In the shape and precision of the layer's input, which has `after` dimensions behind the channels."""
         rows = {len(gate) for gate in self.gates if gate.dim() == 2}
         wrong = rows - {1, len(x)}
         if wrong and self.parts is None:
             raise DataError(f"gates for a batch of {max(wrong)} met {len(x)} samples at layer {self.layer!r}")
         gates = [gate.expand(max(rows), -1) for gate in self.gates] if rows else self.gates
-        if self.open:  # entries of no group
-            gates = [*gates, gates[0].new_ones(*gates[0].shape[:-1], 1)]
-        factors = torch.cat(gates, dim=-1) if len(gates) > 1 else gates[0]
-        if self.channels is not None:
-            factors = factors.index_select(-1, self.channels)
+        factors = self._joined(gates)
         if self.parts is not None:
             factors = factors.repeat_interleave(_part_size(self.layer, x, self.parts), dim=0)
         shape = [1] * x.dim()
-        shape[-1 - self.after] = -1
+        shape[-1 - after] = -1
         if factors.dim() == 2:
             shape[0] = len(factors)
         return factors.reshape(shape).to(x.dtype)
+
+    def of_weight(self, weight: Tensor, dim: int) -> Tensor:
+        """In the shape and precision of a weight whose dimension `dim` reads the channels."""
+        if any(gate.dim() == 2 for gate in self.gates):
+            raise WidthError(
+                f"the weights of {self.layer!r} are not applied by a layer, so each sample cannot have gates of "
+                "its own there; run the networks one after another, by another rule than the parallel one"
+            )
+        factors = self._joined(self.gates)[: weight.shape[dim]]
+        shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+        return factors.reshape(shape).to(weight.dtype)
+
+    def _joined(self, gates: list[Tensor]) -> Tensor:
+        if self.open:  # entries of no group
+            gates = [*gates, gates[0].new_ones(*gates[0].shape[:-1], 1)]
+        factors = torch.cat(gates, dim=-1) if len(gates) > 1 else gates[0]
+        return factors if self.channels is None else factors.index_select(-1, self.channels)
+
+
+class _Gated(Replacement):
+    """A layer that reads its input times the gates of the groups on its input axis."""
+
+    def __init__(self, factors: _Factors, after: int) -> None:
+        self.factors = factors
+        self.after = after
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            return self.forward(args[0] * self.factors.of_input(args[0], self.after), *args[1:], **kwargs)
+        name, x = next(iter(kwargs.items()))
+        return self.forward(**{**kwargs, name: x * self.factors.of_input(x, self.after)})
+
+
+class _GatedWeights(Replacement):
+    """A module that applies weights itself, times the gates of what they read.
+
+    Its parts are (module, tensor, dimension that reads, factors).
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[nn.Module, str, int, _Factors]] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        whole = [(module, name, module._parameters[name]) for module, name, _, _ in self.parts]
+        try:
+            for module, name, dim, factors in self.parts:
+                weight: Any = module._parameters[name]
+                module._parameters[name] = weight * factors.of_weight(weight, dim)
+            return self.forward(*args, **kwargs)
+        finally:
+            for module, name, weight in reversed(whole):
+                module._parameters[name] = weight
 
 
 class _InParts(Replacement):

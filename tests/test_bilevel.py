@@ -24,7 +24,7 @@ from nni_dbs.steps import SupernetStep
 from nni_dbs.supernet import Supernet
 from nni_dbs.training import load_checkpoint, save_checkpoint
 from torch_pruning_adapters import find_channel_groups
-from torch_pruning_adapters.graph import tensors_in
+from torch_pruning_adapters.calls import tensors_in
 
 Batch = Any
 STEPS = 10

@@ -28,7 +28,6 @@ from nni_dbs.result import load_groups, load_widths, save_pruned
 from nni_dbs.space import Widths
 from torch_pruning_adapters import (
     ChannelGroup,
-    UnsupportedModelError,
     WidthError,
     check_widths,
     find_channel_groups,
@@ -447,7 +446,7 @@ class TestCost:
         assert cost.by_layer({})["body.0"] == 125
         assert cost.by_layer({"body.0.a": 0})["body.0"] == 0
 
-    def test_products_that_depend_on_widths_are_refused(self) -> None:
+    def test_products_that_depend_on_widths_go_with_their_block(self) -> None:
         class Products(Residual):
             def branch(self, x: Tensor) -> Tensor:
                 return super().branch(x) @ torch.ones(x.shape[-1], x.shape[-1])
@@ -455,8 +454,9 @@ class TestCost:
         model = Stacked(Products(6, 4))
         groups = find_residual_blocks(model, find_channel_groups(model, IMAGE), IMAGE)
         assert list(blocks_of(groups)) == ["body.0"]
-        with pytest.raises(UnsupportedModelError, match="matrix products outside of layers"):
-            FlopsCost(model, IMAGE, groups)
+        cost = FlopsCost(model, IMAGE, groups)
+        for widths in ({}, {"stem.0": 3, "body.0.a": 2}, {"body.0.a": 0, "stem.0": 4}):
+            assert cost(widths) == count_flops(shrink(model, groups, widths), IMAGE)
 
 
 class TestExpectedCost:

@@ -25,7 +25,6 @@ from nni_dbs.cost import Bounds, Limit, count_flops, readable, weighted_sum, wid
 from nni_dbs.errors import BudgetError
 from torch_pruning_adapters import (
     ChannelGroup,
-    UnsupportedModelError,
     WidthError,
     find_channel_groups,
     shrink,
@@ -207,16 +206,19 @@ def test_multi_head_attention_is_counted_beside_its_fused_path() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == enabled
 
 
-def test_products_that_depend_on_the_widths_are_refused() -> None:
+def test_products_that_depend_on_the_widths_are_followed() -> None:
+    """Attention between channels: one width is two dimensions of each product."""
+
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.a(x).flatten(2)
         return net.fc((y @ y.transpose(1, 2) @ y).mean(2))
 
     net, x = Net(forward, a=conv(3, 6), fc=nn.Linear(6, 10)), torch.randn(1, 3, 8, 8)
-    (group,) = find_channel_groups(net, x, verify=False)
+    (group,) = find_channel_groups(net, x)
     assert group.frozen is None
-    with pytest.raises(UnsupportedModelError, match="matrix products outside of layers"):
-        FlopsCost(net, x, [group])
+    cost = FlopsCost(net, x, [group])
+    for width in range(1, 7):
+        assert cost({"a": width}) == count_flops(shrink(net, [group], {"a": width}), x)
 
 
 def test_counting_leaves_the_model_alone() -> None:

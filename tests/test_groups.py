@@ -6,13 +6,11 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 from helpers import CASES, Case, Net, assert_same_outputs, conv, head, random_order, random_widths, zeroed
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from torch_pruning_adapters import (
     Span,
     UnsupportedModelError,
     find_channel_groups,
-    graph,
     shrink,
 )
 
@@ -243,25 +240,29 @@ def constant_concat(net: Net, x: Tensor) -> Tensor:
     ("forward", "read", "reason"),
     [
         (input_residual, 3, "tied to the network's input"),
-        (input_concat, 6, "tied to the network's input"),
-        (constant_concat, 6, "concatenated with a constant"),
+        (input_concat, 6, None),
+        (constant_concat, 6, None),
     ],
 )
-def test_ties_to_the_input_are_frozen(forward: Callable, read: int, reason: str) -> None:
+def test_ties_to_the_input_are_frozen(forward: Callable, read: int, reason: str | None) -> None:
+    """Beside the input, in a concatenation, channels can be cut; added to it they cannot."""
     net = Net(forward, a=conv(3, 3), b=conv(read, 5), fc=nn.Linear(5, 10))
     for verify in (False, True):
         groups = one(net, torch.randn(1, 3, 8, 8), verify=verify)
         assert {n: g.frozen for n, g in groups.items()} == {"a": reason, "b": None}
 
 
-def test_channels_that_a_product_contracts_are_frozen() -> None:
+def test_channels_that_a_product_contracts_can_be_cut() -> None:
+    """A similarity of positions, taken over the channels that are left."""
+
     def forward(net: Net, x: Tensor) -> Tensor:
         y = net.b(net.a(x)).flatten(2)
         return net.fc((y.transpose(1, 2) @ y).mean(1))
 
     net = Net(forward, a=conv(3, 5), b=conv(5, 6), fc=nn.Linear(64, 10))
     groups = one(net, torch.randn(1, 3, 8, 8), verify=False)
-    assert {n: bool(g.frozen) for n, g in groups.items()} == {"a": False, "b": True}
+    assert [g.frozen for g in groups.values()] == [None, None]
+    assert [m.kind for m in groups["b"].members] == ["conv", "statistics"]
 
 
 def test_a_single_channel_is_frozen() -> None:
@@ -294,50 +295,78 @@ def test_unknown_ignored_layer_names_the_nearest() -> None:
 # --- verification ------------------------------------------------------------------------------------
 
 
-def fixed_number(net: Net, x: Tensor) -> Tensor:
+def by_width(net: Net, x: Tensor) -> Tensor:
     x = net.a(x).relu()
-    return head(net, net.b(x.view(x.shape[0], 8, *x.shape[2:])).relu())
+    return head(net, net.b(x * (1 + len(x[0]) % 8)).relu())
 
 
-def shuffled(net: Net, x: Tensor) -> Tensor:
+def only_of_one_width(net: Net, x: Tensor) -> Tensor:
     x = net.a(x).relu()
-    n, c, h, w = x.shape
-    x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+    if x.shape[1] != 8:
+        raise ValueError(f"{x.shape[1]} channels")
     return head(net, net.b(x).relu())
 
 
-def flipped(net: Net, x: Tensor) -> Tensor:
-    return head(net, net.b(net.a(x).relu().flip(1)).relu())
-
-
-def fixed_slice(net: Net, x: Tensor) -> Tensor:
+def first_channel(net: Net, x: Tensor) -> Tensor:
     x = net.a(x).relu()
-    return head(net, net.b(x * torch.linspace(0, 1, 8).view(8, 1, 1)).relu())
+    return head(net, net.b(x * x.detach().cpu().numpy().sum()).relu())
 
 
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (fixed_number, "the cut model fails"),
-        (shuffled, "the cut model"),
-        (flipped, "computes something else"),
-        (fixed_slice, "the cut model fails"),
+        (only_of_one_width, "the cut model fails: ValueError"),
+        (by_width, "computes something else"),
+        (first_channel, "computes something else"),
     ],
 )
 def test_wrong_cuts_are_found_and_the_rest_goes_on(forward: Callable, reason: str) -> None:
+    """What no operator shows."""
     net = Net(forward, a=conv(3, 8), b=conv(8, 6), fc=nn.Linear(6, 10)).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    if forward is fixed_slice:
-        net, x = net.float(), x.float()
+    assert one(net, x, verify=False)["a"].frozen is None
     groups = one(net, x)
     assert reason in groups["a"].frozen
     assert groups["b"].frozen is None
     order, widths = random_order(groups.values()), {"b": 3}
     assert_same_outputs(
-        shrink(net, groups.values(), widths, order).double(),
-        zeroed(net, groups.values(), widths, order).double(),
-        x.double(),
+        shrink(net, groups.values(), widths, order), zeroed(net, groups.values(), widths, order), x
     )
+
+
+def fixed_number(net: Net, x: Tensor) -> Tensor:
+    x = net.a(x).relu()
+    return head(net, net.b(x.view(x.shape[0], 8, *x.shape[2:])).relu())
+
+
+def fixed_factor(net: Net, x: Tensor) -> Tensor:
+    x = net.a(x).relu()
+    return head(net, net.b(x * torch.linspace(0, 1, 8).view(8, 1, 1)).relu())
+
+
+def fixed_place(net: Net, x: Tensor) -> Tensor:
+    x = net.a(x).relu()
+    return head(net, net.b(x + x[:, :1]).relu())
+
+
+def summed(net: Net, x: Tensor) -> Tensor:
+    x = net.a(x).relu()
+    return head(net, net.b(x + x.sum(1, keepdim=True)).relu())
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (fixed_number, "is reshaped to a fixed length, 8"),
+        (fixed_factor, "tied to a tensor of fixed size"),
+        (fixed_place, "is cut at a fixed position"),
+        (summed, "aten.sum runs over its channels, which changes with their number"),
+    ],
+)
+def test_what_cannot_be_cut_is_seen_without_a_trial(forward: Callable, reason: str) -> None:
+    net = Net(forward, a=conv(3, 8), b=conv(8, 6), fc=nn.Linear(6, 10))
+    groups = one(net, torch.randn(2, 3, 8, 8), verify=False)
+    assert {n: g.frozen for n, g in groups.items()} == {"a": reason, "b": None}
 
 
 def test_groups_that_fail_only_together_are_frozen() -> None:
@@ -424,11 +453,8 @@ def failing(net: Net, x: Tensor) -> Tensor:
 
 
 def ends_in_nothing(net: Net, x: Tensor) -> Tensor:
-    return net.a(x).detach()
-
-
-def uses_weights(net: Net, x: Tensor) -> Tensor:
-    return head(net, F.conv2d(net.a(x), net.b.weight))
+    net.a(x)
+    return torch.zeros(len(x), 10)
 
 
 @pytest.mark.parametrize(
@@ -436,13 +462,10 @@ def uses_weights(net: Net, x: Tensor) -> Tensor:
     [
         (failing, "RuntimeError"),
         (ends_in_nothing, "does not depend on its parameters"),
-        (uses_weights, "'b' is not called as a layer"),
     ],
 )
 def test_refused_model_comes_back_as_it_was(forward: Callable, cause: str) -> None:
     net = disturbed(Net(forward, a=conv(3, 4), b=conv(6, 5), fc=nn.Linear(5, 10)))
-    if forward is uses_weights:
-        net.b = conv(4, 5)
     before = fingerprint(net)
     with pytest.raises(UnsupportedModelError, match=cause):
         find_channel_groups(net, torch.randn(1, 3, 8, 8))
@@ -491,47 +514,17 @@ def test_no_state_between_calls() -> None:
     assert [ChannelGroup.from_dict(g) for g in json.loads(fresh.stdout)] == list(groups)
 
 
-# --- models that cannot be traced --------------------------------------------------------------------
+# --- models that are not followed, or not wholly -------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "cause"),
-    [
-        ("shufflenet_v2_x0_5", "ZeroDivisionError"),
-        ("vit_b_32", "'encoder.layers.encoder_layer_0.self_attention' is a MultiheadAttention"),
-        ("swin_t", "uses its weights directly"),
-        ("maxvit_t", "mix its channels"),
-    ],
-)
-def test_refusal_names_the_cause_in_bounded_time(name: str, cause: str) -> None:
-    model = zoo(name)
-    start = time.monotonic()
-    with pytest.raises(UnsupportedModelError) as caught:
-        find_channel_groups(model, torch.zeros(1, 3, 224, 224))
-    assert cause in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 60
+def test_parametrized_weights_are_frozen() -> None:
+    parametrized = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), parametrized, nn.ReLU(), nn.Conv2d(8, 4, 1))
+    groups = find_channel_groups(net, torch.zeros(1, 3, 16, 16))
+    assert {g.frozen for g in groups} == {"'1' is parametrized"}
 
 
-def test_shape_inference_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "MAX_LOOKUPS", 20)
-    with pytest.raises(UnsupportedModelError, match="does not end on this model"):
-        find_channel_groups(zoo("squeezenet1_1"), torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.timeout(60)
-def test_channels_that_run_in_a_circle_are_refused() -> None:
-    conv = torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.ReLU(), nn.Conv2d(8, 4, 1))
-    try:
-        groups = find_channel_groups(net, torch.zeros(1, 3, 16, 16))
-    except UnsupportedModelError as error:
-        assert "circle" in str(error) or "mix" in str(error)
-    else:
-        assert all(g.frozen for g in groups if any(m.layer == "1" for m in g.members))
-
-
-def test_a_model_that_keeps_an_activation_is_refused_by_name() -> None:
+def test_a_model_may_keep_an_activation() -> None:
     class Keeps(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -541,8 +534,15 @@ def test_a_model_that_keeps_an_activation_is_refused_by_name() -> None:
             self.kept = self.a(x)
             return self.b(self.kept)
 
+    (group,) = find_channel_groups(Keeps(), torch.zeros(1, 3, 16, 16))
+    assert group.frozen is None
+
+
+def test_a_model_that_cannot_be_copied_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+    model.kept = model(torch.zeros(1, 3, 16, 16))
     with pytest.raises(UnsupportedModelError, match="keep a tensor of its last forward pass"):
-        find_channel_groups(Keeps(), torch.zeros(1, 3, 16, 16))
+        find_channel_groups(model, torch.zeros(1, 3, 16, 16))
 
 
 def test_a_model_without_layers_has_no_groups() -> None:

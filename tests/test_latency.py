@@ -29,7 +29,7 @@ from torch_pruning_adapters import (
     removed_blocks,
     shrink,
 )
-from torch_pruning_adapters.graph import call
+from torch_pruning_adapters.calls import call
 
 Truth = Callable[[nn.Module], float]
 

@@ -1367,7 +1367,7 @@ def test_parts_have_statistics_of_their_own_where_none_are_kept() -> None:
 
 def test_the_default_order_leaves_frozen_groups_alone() -> None:
     model = nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)),  # frozen: parametrized
         nn.ReLU(),
         nn.Conv2d(6, 4, 1),
         nn.Conv2d(4, 2, 1),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_pruning_adapters.graph import Inputs, call, map_tensors, preserved
+from torch_pruning_adapters.calls import Inputs, call, map_tensors, preserved
 from torch_pruning_adapters.group import ChannelGroup, lies_in
 
 

@@ -38,13 +38,17 @@ class Member:
         layer: Dotted name of the module; of the owning module for a bare parameter.
         role: `producer` computes the channels (rows of a convolution or linear layer), `consumer` reads
             them (its columns), `through` passes them on one by one (depthwise, normalisation, parameter).
-        kind: `conv`, `linear`, `depthwise`, `norm`, `layernorm`, `groupnorm`, `prelu` or `parameter`.
+        kind: `conv`, `linear`, `depthwise`, `norm`, `layernorm`, `groupnorm`, `prelu`, `embedding`,
+            `parameter`; `size` for an integer attribute, `statistics` where a mean or a norm of no layer runs
+            over the channels.
         tensors: The parameters and buffers to slice, each with its dimension.
         size: Length of the layer's channel axis.
         spans: Where the group's channels lie on that axis.
         blocks: A grouped convolution's `groups` (or a GroupNorm's): every block of the axis must keep
             the same pattern of channels.
         per_block: The weight's dimension covers one block only (columns of a grouped convolution).
+        attribute: Integer attribute of the module that is the length of the axis.
+        reader: Dotted name of the module whose forward pass uses the tensors; None: the layer's own.
     """
 
     layer: str
@@ -55,6 +59,13 @@ class Member:
     spans: tuple[Span, ...]
     blocks: int = 1
     per_block: bool = False
+    attribute: str | None = None
+    reader: str | None = None
+
+    @property
+    def axis(self) -> tuple[str, str, tuple[tuple[str, int], ...], str | None]:
+        """What tells the axis from others: all groups on it have members with the same."""
+        return self.layer, self.role, self.tensors, self.attribute
 
     @property
     def multiplicity(self) -> int:
@@ -76,6 +87,27 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product outside of layers (of attention, say), along one of whose dimensions a group lies.
+
+    Attributes:
+        layer: Dotted name of the module whose forward pass computes it.
+        number: Which of the model's products it is.
+        dimension: Which of its dimensions.
+        amount: Its multiply-adds at full width.
+        size: Length of the dimension.
+        entries: How many of them are the group's.
+    """
+
+    layer: str
+    number: int
+    dimension: int
+    amount: int
+    size: int
+    entries: int
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """Channels that must be cut together, over all the layers that they touch.
 
@@ -83,11 +115,13 @@ class ChannelGroup:
         name: Dotted name of the first producer in the model's order; `name[a:b]` where the layer's
             channels fall into several groups.
         size: Number of channels.
-        step: A width must be a multiple of it (grouped convolutions keep equally many in each group).
+        step: A width must be a multiple of it (grouped convolutions keep equally many in each group, attention
+            in each head). The channels `p + b * size / step` for all b go together.
         members: Every layer that the group touches.
         frozen: `None`, or why the group must keep its full width.
         block: Dotted name of the residual block that is removed where the group has width 0; `None`: it
             cannot have that. See `find_residual_blocks`.
+        products: What of the network's cost lies outside of its layers and depends on the group.
     """
 
     name: str
@@ -96,6 +130,7 @@ class ChannelGroup:
     members: tuple[Member, ...]
     frozen: str | None = None
     block: str | None = None
+    products: tuple[Product, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -116,6 +151,7 @@ class ChannelGroup:
             }
             for m in self.members
         ]
+        data["products"] = [asdict(p) for p in self.products]
         return data
 
     @classmethod
@@ -130,7 +166,8 @@ class ChannelGroup:
             )
             for m in data["members"]
         )
-        return cls(**{**data, "members": members})
+        products = tuple(Product(**p) for p in data.get("products", ()))
+        return cls(**{**data, "members": members, "products": products})
 
 
 def lies_in(layer: str, blocks: Iterable[str]) -> bool:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
 
+from torch_pruning_adapters.calls import Inputs
+from torch_pruning_adapters.channels import OUTPUT, Channels, SizeAxis, TensorAxis
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.graph import Axis, Inputs, Traced, is_depthwise, trace
-from torch_pruning_adapters.group import ChannelGroup, Member, spans_of
+from torch_pruning_adapters.group import ChannelGroup, Member, Product, Role, Span, spans_of
+from torch_pruning_adapters.surgery import is_depthwise
+from torch_pruning_adapters.trace import trace
 from torch_pruning_adapters.verify import freeze_unsafe
 
 
@@ -60,157 +65,257 @@ def _ignored_layers(model: nn.Module, ignore: Iterable[str]) -> set[str]:
     return ignored
 
 
-def _read_groups(traced: Traced, model: nn.Module) -> list[ChannelGroup]:
-    """Splits the traced axes into groups: connected channels that lie on the same set of axes."""
-    axes = traced.axes
+@dataclass(frozen=True)
+class _Axis:
+    """Entries of the model that channels lie on, before they are split among groups."""
+
+    layer: str
+    role: Role
+    kind: str
+    numbers: np.ndarray
+    tensors: tuple[tuple[str, int], ...] = ()
+    blocks: int = 1
+    per_block: bool = False
+    attribute: str | None = None
+    reader: str | None = None
+
+
+def _axes(channels: Channels, model: nn.Module) -> list[_Axis]:
+    """All axes of a traced model: of layers, of bare parameters, and of integer attributes."""
+    modules = dict(model.named_modules())
+    axes = []
+    for layer, lines in channels.passed.items():
+        first = lines[0][: getattr(modules[layer], "num_features", None)]  # InstanceNorm sees them per sample
+        for line in lines[1:]:
+            channels.cut_together(line[: len(first)], first)
+        axes += _norm_axes(layer, modules[layer], first)
+    for axis in channels.axes:
+        owners = {layer for layer, _ in axis.names}
+        readers = channels.readers_of(axis)
+        reader = None if readers <= owners else _common(readers | owners)
+        for layer, tensor in axis.names if len(axis.numbers) else ():
+            axes += _tensor_axes(channels, layer, modules[layer], tensor, axis, reader)
+            if isinstance(modules[layer], ParametrizationList):
+                channels.fix(axis.numbers, f"{layer.split('.parametrizations')[0]!r} is parametrized")
+    for size in (*channels.sizes, *_attention_sizes(channels, modules)):
+        reader = None if size.reader == size.module else _common({size.reader, size.module})
+        axes.append(
+            _Axis(size.module, "through", "size", size.numbers, attribute=size.attribute, reader=reader)
+        )
+    return _without_repetition(axes)
+
+
+def _attention_sizes(channels: Channels, modules: Mapping[str, nn.Module]) -> Iterator[SizeAxis]:
+    """What `nn.MultiheadAttention` keeps beside its `embed_dim` and does not read when it runs."""
+    for size in channels.sizes:
+        module = modules[size.module]
+        if isinstance(module, nn.MultiheadAttention) and size.attribute == "embed_dim":
+            yield dataclasses.replace(size, attribute="kdim")
+            yield dataclasses.replace(size, attribute="vdim")
+            yield dataclasses.replace(size, attribute="head_dim", numbers=size.numbers[: module.head_dim])
+
+
+def _without_repetition(axes: Iterable[_Axis]) -> list[_Axis]:
+    """An attribute is set once, however often the forward pass read it."""
+    return list({(a.layer, a.role, a.tensors, a.attribute): a for a in axes}.values())
+
+
+def _common(names: Iterable[str]) -> str:
+    """The innermost module around all of these."""
+    parts = [name.split(".") if name else [] for name in names]
+    return ".".join(p for p, *others in zip(*parts, strict=False) if set(others) <= {p})
+
+
+def _norm_axes(layer: str, module: nn.Module, numbers: np.ndarray) -> list[_Axis]:
+    names = ("weight", "bias", "running_mean", "running_var")
+    if isinstance(module, nn.LayerNorm):
+        return [_Axis(layer, "through", "layernorm", numbers, (("weight", 0), ("bias", 0)))]
+    if isinstance(module, nn.GroupNorm):
+        tensors = (("weight", 0), ("bias", 0))
+        return [_Axis(layer, "through", "groupnorm", numbers, tensors, module.num_groups)]
+    return [_Axis(layer, "through", "norm", numbers, tuple((n, 0) for n in names))]
+
+
+def _tensor_axes(
+    channels: Channels, layer: str, module: nn.Module, tensor: str, axis: TensorAxis, reader: str | None
+) -> list[_Axis]:
+    """What a dimension of a parameter or buffer is to its layer."""
+    dim, numbers = axis.dim, axis.numbers
+    if layer in channels.passed:
+        return []
+    if isinstance(module, (_ConvNd, nn.Linear)) and tensor in ("weight", "bias"):
+        if tensor == "bias" or dim > 1:
+            return []
+        if is_depthwise(module):
+            if dim == 1:
+                return []
+            return [
+                _Axis(layer, "through", "depthwise", numbers, (("weight", 0), ("bias", 0)), reader=reader)
+            ]
+        computes = dim == (1 if getattr(module, "transposed", False) else 0)
+        kind, blocks = ("conv", module.groups) if isinstance(module, _ConvNd) else ("linear", 1)
+        tensors = (("weight", dim), ("bias", 0)) if computes else (("weight", dim),)
+        role: Role = "producer" if computes else "consumer"
+        return [_Axis(layer, role, kind, numbers, tensors, blocks, blocks > 1 and dim == 1, reader=reader)]
+    if isinstance(module, nn.Embedding):
+        return [_Axis(layer, "through", "embedding", numbers, (("weight", 1),), reader=reader)] if dim else []
+    if isinstance(module, nn.PReLU):
+        return [_Axis(layer, "through", "prelu", numbers, (("weight", 0),), reader=reader)]
+    role = "through"
+    if channels.is_consumed(numbers):
+        role = "consumer"
+    elif channels.is_produced(numbers) and tensor in module._parameters:
+        role = "producer"
+    per_block = axis.blocks > 1
+    return [_Axis(layer, role, "parameter", numbers, ((tensor, dim),), axis.blocks, per_block, reader=reader)]
+
+
+def _read_groups(channels: Channels, model: nn.Module) -> list[ChannelGroup]:
+    """Splits the axes into groups: channels that are cut together make a unit, like units make a group."""
+    axes = _axes(channels, model)
+    counted = [line for count in channels.counts for line in count.dims]
+    lines = [a.numbers for a in axes] + counted
     if not axes:
         return []
-    label, offset = _components(axes)
-    axis_of = np.repeat(np.arange(len(axes)), [a.size for a in axes])
+    units = [channels.unit(line) for line in lines]
+    unit = np.concatenate(units)
+    line_of = np.repeat(np.arange(len(lines)), [len(line) for line in lines])
+    reasons = _reasons(channels)
 
-    # (component, axis) -> number of entries; components with equal rows belong to one group
-    code, counts = np.unique(label * len(axes) + axis_of, return_counts=True)
-    component, axis = code // len(axes), code % len(axes)
-    first = np.flatnonzero(np.diff(component, prepend=-1))  # row at which a component begins
-    length = np.diff(np.append(first, len(code)))
-    before = np.maximum(np.arange(len(code)) - np.repeat(length, length), 0)
-    like_before = np.logical_and.reduceat((axis == axis[before]) & (counts == counts[before]), first)
-    like_before[1:] &= length[1:] == length[:-1]
-    like_before[:1] = False
-    run = np.flatnonzero(~like_before)  # neighbours are mostly alike, so there are few runs
-    numbers: dict[bytes, int] = {}
-    group_of = np.empty(len(label), dtype=int)  # of a component
-    for start, stop in zip(run, np.append(run[1:], len(first)), strict=True):
-        rows = slice(first[start], first[start] + length[start])
-        signature = axis[rows].tobytes() + counts[rows].tobytes()
-        group_of[component[first[start:stop]]] = numbers.setdefault(signature, len(numbers))
+    # (unit, line) -> number of entries; units with equal rows belong to one group
+    code, counts = np.unique(unit * len(lines) + line_of, return_counts=True)
+    row_unit, row_line = code // len(lines), code % len(lines)
+    first = np.flatnonzero(np.diff(row_unit, prepend=-1))
+    stop = np.append(first[1:], len(code))
+    alike: dict[tuple[bytes, bytes, str | None], list[int]] = {}
+    for start, end in zip(first, stop, strict=True):
+        number = int(row_unit[start])
+        signature = (row_line[start:end].tobytes(), counts[start:end].tobytes(), reasons.get(number))
+        alike.setdefault(signature, []).append(number)
 
-    shares: list[dict[int, np.ndarray]] = [{} for _ in numbers]  # group -> axis -> its entries there
-    for i in range(len(axes)):
-        number = group_of[label[offset[i] : offset[i + 1]]]
-        for n in number[:1] if (number == number[0]).all() else np.unique(number):
-            shares[n][i] = np.flatnonzero(number == n)
-
-    producer_rank = {id(m): i for i, m in enumerate(model.modules())}
-    groups = []
-    for entries in shares:
-        producers = [i for i in entries if axes[i].role == "producer"]
-        if not producers:
+    rank = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    mixing = {module: np.unique(channels.unit(numbers)) for module, numbers in channels.statistics}
+    found = []
+    for (row_lines, _, reason), members in alike.items():
+        on = np.frombuffer(row_lines, dtype=row_line.dtype)
+        producers = [i for i in on if i < len(axes) and axes[i].role == "producer"]
+        consumers = any(i < len(axes) and axes[i].role == "consumer" for i in on)
+        bare = all(axes[i].kind == "parameter" for i in producers)
+        if not producers or (not consumers and (reason == OUTPUT or (bare and reason is not None))):
             continue
-        root = min(producers, key=lambda i: producer_rank[id(axes[i].module)])
-        if traced.reaches_output & set(entries) and not any(axes[i].role == "consumer" for i in entries):
-            continue
-        labels = {i: label[offset[i] + index] for i, index in entries.items()}
-        group = _read_group(traced, entries, labels, root)
-        groups.append((producer_rank[id(axes[root].module)], entries[root][0], group))
-    groups.sort(key=lambda found: found[:2])
-    return _with_names([g for _, _, g in groups])
+        root = min(producers, key=lambda i: rank[axes[i].layer])
+        entries = {int(i): np.flatnonzero(np.isin(units[i], members)) for i in on}
+        group = _read_group(channels, axes, lines, entries, root, reason)
+        group = _with_statistics(group, axes, mixing, np.array(members), len(entries[root]))
+        group = dataclasses.replace(group, products=_products(channels, len(axes), entries))
+        found.append((rank[axes[root].layer], entries[root][0], group))
+    found.sort(key=lambda f: f[:2])
+    return _with_names([g for _, _, g in found])
 
 
-def _components(axes: list[Axis]) -> tuple[np.ndarray, np.ndarray]:
-    """Connected components of all axes' entries: a label for each entry, and each axis' first entry."""
-    offset = np.cumsum([0, *(a.size for a in axes)])
-    edges = [np.zeros((0, 2), dtype=int)]
-    for i, a in enumerate(axes):
-        for index, source, root in zip(a.index, a.source, a.root, strict=True):
-            edges.append(np.stack([offset[i] + index, offset[root] + source], axis=1))
-    u, v = np.concatenate(edges).T
-    label = np.arange(offset[-1])
-    while True:
-        low = np.minimum(label[u], label[v])
-        new = label.copy()
-        np.minimum.at(new, u, low)
-        np.minimum.at(new, v, low)
-        new = new[new]
-        if np.array_equal(new, label):
-            return label, offset
-        label = new
+def _reasons(channels: Channels) -> dict[int, str]:
+    """Unit -> why it cannot be cut: the output above all, else what was met first."""
+    reasons: dict[int, str] = {}
+    for numbers, reason in channels.frozen:
+        for number in np.unique(channels.unit(numbers)).tolist():
+            if reason == OUTPUT:
+                reasons[number] = reason
+            else:
+                reasons.setdefault(number, reason)
+    return reasons
 
 
 def _read_group(
-    traced: Traced, entries: Mapping[int, np.ndarray], labels: Mapping[int, np.ndarray], root: int
+    channels: Channels,
+    axes: Sequence[_Axis],
+    lines: Sequence[np.ndarray],
+    entries: Mapping[int, np.ndarray],
+    root: int,
+    reason: str | None,
 ) -> ChannelGroup:
-    """One group, from its entries on each axis and the components that they belong to."""
-    axes = traced.axes
-    channels, first = np.unique(labels[root], return_index=True)  # (C,) ascending components
-    position = np.empty(len(channels), dtype=int)  # of a component in the order of the root's axis
-    position[np.argsort(first)] = np.arange(len(channels))
-    size = len(channels)
+    """One group, from its entries on each axis.
 
-    frozen = next((traced.blocked[i] for i in entries if i in traced.blocked), None)
-    if traced.reaches_output & set(entries):
-        frozen = "reaches the network's output"
-    members, step = [], 1
-    for i in sorted(entries, key=lambda i: (i != root, i)):
-        roots = position[np.searchsorted(channels, labels[i])]
-        member, reason = _member(axes[i], entries[i], roots, size)
-        frozen = frozen or reason
-        if member is not None:
-            members.append(member)
-            step = math.lcm(step, member.blocks)
-    if size % step:
-        frozen = frozen or f"{size} channels cannot be split into {step} equal blocks"
-        step = 1
-    elif step == size > 1:
-        frozen = frozen or f"its grouped layers leave one channel in each of {step} blocks"
-    elif size == 1:
-        frozen = frozen or "a single channel"
-    return ChannelGroup(axes[root].layer, size, step, tuple(members), frozen)
-
-
-def _member(axis: Axis, index: np.ndarray, roots: np.ndarray, size: int) -> tuple[Member | None, str | None]:
-    """The group's member on an axis (None where nothing is to be cut), and a reason to freeze the group."""
-    module = axis.module
-    blocks, per_block = 1, False
-    if isinstance(module, nn.Parameter):
-        dims = [d for d, n in enumerate(module.shape) if n == axis.size > 1]
-        if not dims:
-            return None, None
-        layer, _, attribute = axis.layer.rpartition(".")
-        member = Member(
-            layer, "through", "parameter", ((attribute, dims[0]),), axis.size, spans_of(index, roots)
+    The channels of unit p are `p + b * P`, b = 0 ... step - 1, where P is the number of units.
+    """
+    units, first = np.unique(channels.unit(lines[root][entries[root]]), return_index=True)
+    place = np.empty(len(units), dtype=int)  # of a unit in the order of the root's axis
+    place[np.argsort(first)] = np.arange(len(units))
+    count = len(units)
+    real = [i for i in entries if i < len(axes) and axes[i].kind != "size"]
+    step = math.gcd(*(len(entries[i]) // count for i in real))
+    size = step * count
+    members = []
+    for i in sorted((i for i in entries if i < len(axes)), key=lambda i: (i != root, i)):
+        numbers = lines[i][entries[i]]
+        position = place[np.searchsorted(units, channels.unit(numbers))]
+        channel = _channels_of(channels, numbers, position, count, step)
+        a = axes[i]
+        members.append(
+            Member(
+                a.layer,
+                a.role,
+                a.kind,
+                a.tensors,
+                len(lines[i]),
+                spans_of(entries[i], channel),
+                a.blocks,
+                a.per_block,
+                a.attribute,
+                a.reader,
+            )
         )
-        several = f"parameter {axis.layer!r} has {len(dims)} dimensions of {axis.size}"
-        return member, several if len(dims) > 1 else None
-    if isinstance(module, _ConvNd) and not is_depthwise(module):
-        blocks = module.groups
-        out_dim = 1 if module.transposed else 0
-        dim = out_dim if axis.role == "producer" else 1 - out_dim
-        tensors: tuple[tuple[str, int], ...] = (("weight", dim),)
-        if axis.role == "producer":
-            tensors += (("bias", 0),)
-        kind = "conv"
-        per_block = blocks > 1 and dim == 1
-    elif isinstance(module, _ConvNd):
-        kind, tensors = "depthwise", (("weight", 0), ("bias", 0))
-        if module.in_channels != module.out_channels:
-            return None, f"{axis.layer!r} is a depthwise convolution that changes the number of channels"
-    elif isinstance(module, nn.Linear):
-        kind = "linear"
-        tensors = (("weight", 0), ("bias", 0)) if axis.role == "producer" else (("weight", 1),)
-    elif isinstance(module, nn.LayerNorm):
-        kind = "layernorm"
-        if len(module.normalized_shape) > 1:
-            return None, f"{axis.layer!r} normalises over more than the channels"
-        tensors = (("weight", 0), ("bias", 0))
-    elif isinstance(module, nn.GroupNorm):
-        kind, tensors, blocks = "groupnorm", (("weight", 0), ("bias", 0)), module.num_groups
-    elif isinstance(module, nn.PReLU):
-        kind, tensors = "prelu", (("weight", 0),)
-    elif isinstance(module, nn.Embedding):
-        kind, tensors = "embedding", (("weight", 1),)
-    else:
-        kind, tensors = "norm", tuple((n, 0) for n in ("weight", "bias", "running_mean", "running_var"))
-    member = Member(
-        axis.layer, axis.role, kind, tensors, axis.size, spans_of(index, roots), blocks, per_block
+    if reason is None and count == 1:
+        reason = "a single channel" if size == 1 else f"its {size} channels can only be cut together"
+    return ChannelGroup(axes[root].layer, size, step, tuple(members), reason)
+
+
+def _channels_of(
+    channels: Channels, numbers: np.ndarray, position: np.ndarray, count: int, step: int
+) -> np.ndarray:
+    """The group's channel behind each entry of an axis, from the entries' units (by position).
+
+    A unit has `step` channels. Its entries on an axis are dealt to them in order, all entries of one and the
+    same channel to one.
+    """
+    if step == 1:
+        return position
+    same = channels.channel(numbers)
+    order = np.lexsort((np.arange(len(numbers)), position))
+    share = len(numbers) // count  # entries of a unit
+    distinct = np.empty((count, share), dtype=int)  # which of the unit's channels an entry is, by first sight
+    for row, of_unit in zip(distinct, same[order].reshape(count, share), strict=True):
+        _, first, inverse = np.unique(of_unit, return_index=True, return_inverse=True)
+        rank = np.empty(len(first), dtype=int)
+        rank[np.argsort(first)] = np.arange(len(first))
+        row[:] = rank[inverse]
+    channel = np.empty(len(numbers), dtype=int)
+    channel[order] = (np.arange(count)[:, None] + distinct % step * count).reshape(-1)
+    return channel
+
+
+def _with_statistics(
+    group: ChannelGroup, axes: Sequence[_Axis], mixing: Mapping[str, np.ndarray], units: np.ndarray, size: int
+) -> ChannelGroup:
+    """The group with a member for each module that takes statistics over its channels and is no layer for it."""
+    layers = {m.layer for m in group.members if m.kind in ("layernorm", "groupnorm")}
+    members = tuple(
+        Member(module, "through", "statistics", (), group.size, (Span(0, 0, group.size),))
+        for module, over in mixing.items()
+        if module not in layers and np.isin(over, units).any()
     )
-    whole = len(member.spans) == 1 and member.spans[0].length * member.spans[0].repeat == axis.size == size
-    if blocks > 1 and not whole:
-        return (
-            member,
-            f"only a part of the channels of {axis.layer!r}, which splits them into {blocks} blocks",
-        )
-    return member, None
+    return dataclasses.replace(group, members=group.members + members)
+
+
+def _products(channels: Channels, offset: int, entries: Mapping[int, np.ndarray]) -> tuple[Product, ...]:
+    found, at = [], offset
+    for number, count in enumerate(channels.counts):
+        for dimension, line in enumerate(count.dims):
+            if at in entries:
+                found.append(
+                    Product(count.module, number, dimension, count.amount, len(line), len(entries[at]))
+                )
+            at += 1
+    return tuple(found)
 
 
 def _with_names(groups: list[ChannelGroup]) -> list[ChannelGroup]:

@@ -16,7 +16,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torch_pruning_adapters.errors import WidthError, nearest
-from torch_pruning_adapters.graph import is_depthwise
 from torch_pruning_adapters.group import ChannelGroup, Member, lies_in
 from torch_pruning_adapters.importance import Order, channel_order, check_orders
 
@@ -59,7 +58,8 @@ def shrink(
     memo: dict[int, object] = {id(modules[block]): nn.Identity() for block in removed}
     lengths: dict[str, int] = {}
     keep = keep_mask(narrowed, kept)
-    for layer, tensors in kept_entries(axes_outside(layer_axes(narrowed), removed), keep).items():
+    axes = axes_outside(layer_axes(narrowed), removed)
+    for layer, tensors in kept_entries(axes, keep).items():
         for name, entries in tensors.items():
             tensor = getattr(modules[layer], name, None)
             if tensor is not None:
@@ -72,6 +72,8 @@ def shrink(
         module = cast(nn.Module, memo[id(modules[layer])])
         weight = getattr(module, "weight", None)
         vars(module).update(cut_sizes(module, None if weight is None else weight.shape, length))
+    for layer, sizes in kept_sizes(axes, keep).items():
+        vars(memo[id(modules[layer])]).update(sizes)
     return small
 
 
@@ -129,6 +131,11 @@ def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], ord
     return {g.name: np.sort(ranked[g.name][: widths.get(g.name, g.size)]) for g in groups}
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """A convolution with one filter for each channel."""
+    return isinstance(module, _ConvNd) and module.groups == module.out_channels and module.out_channels > 1
+
+
 @dataclass(frozen=True)
 class LayerAxis:
     """One axis of a layer, and the groups whose channels lie on it.
@@ -145,30 +152,27 @@ class LayerAxis:
     channels: np.ndarray
 
 
-def layer_axes(groups: Iterable[ChannelGroup]) -> dict[tuple[str, str], LayerAxis]:
-    """Every axis that the groups touch: (layer, role) -> axis."""
-    shares: dict[tuple[str, str], list[tuple[Member, str, np.ndarray]]] = {}
+def layer_axes(groups: Iterable[ChannelGroup]) -> list[LayerAxis]:
+    """Every axis that the groups touch."""
+    shares: dict[Any, list[tuple[Member, str, np.ndarray]]] = {}
     offset = 0
     for g in groups:
         for m in g.members:
-            shares.setdefault((m.layer, m.role), []).append((m, g.name, offset + np.arange(g.size)))
+            if m.kind != "statistics":
+                shares.setdefault(m.axis, []).append((m, g.name, offset + np.arange(g.size)))
         offset += g.size
-    axes = {}
-    for key, parts in shares.items():
+    axes = []
+    for parts in shares.values():
         channels = np.full(parts[0][0].size, -1)
         for member, _, numbers in parts:
             member.apply(numbers, channels)
-        axes[key] = LayerAxis(parts[0][0], tuple(dict.fromkeys(name for _, name, _ in parts)), channels)
+        axes.append(LayerAxis(parts[0][0], tuple(dict.fromkeys(name for _, name, _ in parts)), channels))
     return axes
 
 
-def axes_outside(
-    axes: Mapping[tuple[str, str], LayerAxis], blocks: Collection[str]
-) -> Mapping[tuple[str, str], LayerAxis]:
+def axes_outside(axes: Iterable[LayerAxis], blocks: Collection[str]) -> list[LayerAxis]:
     """The axes of layers that do not lie in any of these blocks."""
-    if not blocks:
-        return axes
-    return {key: axis for key, axis in axes.items() if not lies_in(key[0], blocks)}
+    return [axis for axis in axes if not blocks or not lies_in(axis.member.layer, blocks)]
 
 
 def keep_mask(groups: Iterable[ChannelGroup], kept: Kept) -> np.ndarray:
@@ -184,9 +188,7 @@ def keep_mask(groups: Iterable[ChannelGroup], kept: Kept) -> np.ndarray:
     return np.concatenate([*masks, np.ones(1, dtype=bool)])
 
 
-def kept_entries(
-    axes: Mapping[tuple[str, str], LayerAxis], keep: np.ndarray
-) -> dict[str, dict[str, dict[int, np.ndarray]]]:
+def kept_entries(axes: Iterable[LayerAxis], keep: np.ndarray) -> dict[str, dict[str, dict[int, np.ndarray]]]:
     """What stays of each tensor: layer -> tensor -> dimension -> kept entries, ascending.
 
     Args:
@@ -194,11 +196,21 @@ def kept_entries(
         keep: From `keep_mask`.
     """
     layers: dict[str, dict[str, dict[int, np.ndarray]]] = {}
-    for (layer, _), axis in axes.items():
+    for axis in axes:
         member, mask = axis.member, keep[axis.channels]
         index = {n: np.flatnonzero(mask[: member.size // n]) for n in {1, member.blocks_of("weight")}}
         for name, dim in member.tensors:
-            layers.setdefault(layer, {}).setdefault(name, {})[dim] = index[member.blocks_of(name)]
+            layers.setdefault(member.layer, {}).setdefault(name, {})[dim] = index[member.blocks_of(name)]
+    return layers
+
+
+def kept_sizes(axes: Iterable[LayerAxis], keep: np.ndarray) -> dict[str, dict[str, int]]:
+    """The integer attributes that modules must have: layer -> attribute -> value; arguments as above."""
+    layers: dict[str, dict[str, int]] = {}
+    for axis in axes:
+        if axis.member.attribute is not None:
+            length = int(keep[axis.channels].sum())
+            layers.setdefault(axis.member.layer, {})[axis.member.attribute] = length
     return layers
 
 

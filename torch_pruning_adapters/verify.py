@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_pruning_adapters.calls import Inputs, call, tensors_in
 from torch_pruning_adapters.errors import UnsupportedModelError
-from torch_pruning_adapters.graph import Inputs, call, tensors_in
 from torch_pruning_adapters.group import ChannelGroup
 from torch_pruning_adapters.importance import Order
 from torch_pruning_adapters.surgery import keep_mask, kept_channels, layer_axes, shrink
@@ -55,7 +55,7 @@ def freeze_unsafe(
 
 
 def _mixes_channels(group: ChannelGroup) -> bool:
-    return any(m.kind in ("layernorm", "groupnorm") for m in group.members)
+    return any(m.kind in ("layernorm", "groupnorm", "statistics") for m in group.members)
 
 
 class _Trial:
@@ -110,13 +110,13 @@ class _Trial:
         """Outputs of the uncut copy whose consumers do not read the dropped channels."""
         keep = keep_mask(groups, kept_channels(groups, widths, order))
         saved: list[tuple[Tensor, Tensor]] = []
-        for (layer, role), axis in layer_axes(groups).items():
-            if role != "consumer":
+        for axis in layer_axes(groups):
+            if axis.member.role != "consumer":
                 continue
-            weight = self.model.get_submodule(layer).get_parameter("weight")
+            ((name, dim),) = axis.member.tensors
+            weight = getattr(self.model.get_submodule(axis.member.layer), name)
             saved.append((weight, weight.clone()))
-            mask = keep[axis.channels][: axis.member.size // axis.member.blocks_of("weight")]
-            dim = dict(axis.member.tensors)["weight"]
+            mask = keep[axis.channels][: axis.member.size // axis.member.blocks_of(name)]
             shape = [-1 if d == dim else 1 for d in range(weight.dim())]
             weight.mul_(torch.from_numpy(mask).to(weight).reshape(shape))
         try:

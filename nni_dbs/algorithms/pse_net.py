@@ -27,7 +27,7 @@ from nni_dbs.sampling import Step
 from nni_dbs.space import Widths, WidthSpace
 from nni_dbs.steps import Distill, Record, SupernetStep, kl_divergence, loss_of, recorded
 from nni_dbs.supernet import Replacement, Supernet, running
-from torch_pruning_adapters.graph import tensors_in
+from torch_pruning_adapters.calls import tensors_in
 
 SHRINKAGE = 5.0  # records of a width that weigh as much as the mean of its group
 _MEMORY = 0.9  # of the drawn networks' mean losses, from step to step

@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nni_dbs.supernet import Replacement, Supernet, running, submodule
 from torch_pruning_adapters import ChannelGroup, WidthError
+from torch_pruning_adapters.calls import Inputs, call, preserved, tensors_in
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.graph import Inputs, call, preserved, tensors_in
 from torch_pruning_adapters.importance import Order
 from torch_pruning_adapters.surgery import LayerAxis, keep_mask
 
@@ -327,7 +327,8 @@ class TASSupernet(Supernet):
         axes: dict[str, LayerAxis] = {}
         sources: set[str] = set()
         norms: set[str] = set()
-        for (layer, role), axis in self._axes.items():
+        for axis in self._axes:
+            layer, role = axis.member.layer, axis.member.role
             is_norm = isinstance(submodule(self.model, layer), _BatchNorm)
             if is_norm or role == "producer" or axis.member.kind == "depthwise":
                 axes[layer] = axis

@@ -22,7 +22,7 @@ from nni_dbs.plugin.searching import EvaluatingPruner
 from nni_dbs.space import Widths
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import ChannelGroup, find_residual_blocks
-from torch_pruning_adapters.graph import Inputs
+from torch_pruning_adapters.calls import Inputs
 from torch_pruning_adapters.group import lies_in
 
 _LOGGED = 200  # steps on the architecture

@@ -45,8 +45,8 @@ from torch_pruning_adapters import (
     removed_blocks,
     shrink,
 )
+from torch_pruning_adapters.calls import Inputs, map_tensors, tensors_in
 from torch_pruning_adapters.errors import nearest
-from torch_pruning_adapters.graph import Inputs, map_tensors, tensors_in
 from torch_pruning_adapters.importance import Importance, Order
 from torch_pruning_adapters.surgery import keep_mask, layer_axes
 
@@ -377,8 +377,9 @@ class WidthPruner(Pruner):
             )
         keep = keep_mask(groups, kept_channels(groups, widths, self.order))
         masks: dict[str, dict[str, Tensor]] = {}
-        for (layer, role), axis in layer_axes(groups).items():
-            if role == "consumer" or layer not in self._module_wrappers:
+        for axis in layer_axes(groups):
+            layer = axis.member.layer
+            if axis.member.role == "consumer" or layer not in self._module_wrappers:
                 continue
             rows = torch.from_numpy(keep[axis.channels])
             spaces = self._module_wrappers[layer].pruning_target_spaces

@@ -26,7 +26,7 @@ from nni_dbs import RandomPruner, UniformPruner, load_pruned
 from nni_dbs.cost import count_flops
 from nni_dbs.errors import BudgetError, ConfigError, EvaluatorError, ResultError
 from torch_pruning_adapters import ChannelGroup, UnsupportedModelError, l2_norm
-from torch_pruning_adapters.graph import call
+from torch_pruning_adapters.calls import call
 
 IMAGE = torch.zeros(1, 3, 16, 16)
 CONVS = [{"op_types": ["Conv2d"]}]
