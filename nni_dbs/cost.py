@@ -364,7 +364,8 @@ class FlopsCost(PolynomialCost):
         if found != self(narrow):
             raise UnsupportedModelError(
                 f"{products} multiply-adds lie in matrix products outside of layers and depend on "
-                f"the widths in a way that this cost does not follow ({found} counted, {self(narrow)} predicted)"
+                f"the widths in a way that this cost does not follow: {found} are counted on a narrow network, "
+                f"not {self(narrow)}"
             )
 
 
@@ -426,6 +427,7 @@ def count_by_module(model: nn.Module, example_inputs: Inputs) -> dict[str, int]:
         for op in NOT_COUNTED:
             analysis.set_op_handle(op, _nothing)  # None would leave the default handle in force
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
+        analysis.set_op_handle("aten::einsum", _einsum_flops)
         by_module = analysis.by_module()
     if not prefix:
         return {name: int(count) for name, count in by_module.items()}
@@ -469,6 +471,19 @@ def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     query, key, value = (i.type().sizes() for i in inputs[:3])
     pairs = math.prod(query[:-1]) * key[-2]
     return pairs * query[-1] + pairs * value[-1]
+
+
+def _einsum_flops(inputs: list[Any], outputs: list[Any]) -> int:
+    """fvcore handle: the product of all lengths. Its own reads a number that is printed with four digits."""
+    terms = inputs[0].toIValue().replace(" ", "").split("->")[0].split(",")
+    shapes = [v.type().sizes() for v in inputs[1].node().inputs()]
+    lengths: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        before, dots, after = term.partition("...")
+        names = [*before, *(f".{i}" for i in range(len(shape) - len(before + after), 0, -1) if dots), *after]
+        for name, length in zip(names, shape, strict=True):
+            lengths[name] = max(lengths.get(name, 1), length)
+    return math.prod(lengths.values()) if len(terms) > 1 else 0
 
 
 def _dimension_lengths(groups: Sequence[ChannelGroup]) -> dict[tuple[str, str], dict[int, _Linear]]:

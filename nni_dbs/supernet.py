@@ -486,7 +486,7 @@ class _Factors:
             self.channels = torch.from_numpy(np.where(channels < 0, length, channels)).to(gates[0].device)
 
     def of_input(self, x: Tensor, after: int) -> Tensor:
-        """In the shape and precision of the layer's input, which has `after` dimensions behind the channels."""
+        """In the shape and precision of the layer's input; `after` dimensions follow its channels."""
         rows = {len(gate) for gate in self.gates if gate.dim() == 2}
         wrong = rows - {1, len(x)}
         if wrong and self.parts is None:
@@ -505,8 +505,8 @@ class _Factors:
         """In the shape and precision of a weight whose dimension `dim` reads the channels."""
         if any(gate.dim() == 2 for gate in self.gates):
             raise WidthError(
-                f"the weights of {self.layer!r} are not applied by a layer, so each sample cannot have gates of "
-                "its own there; run the networks one after another, by another rule than the parallel one"
+                f"the weights of {self.layer!r} are not applied by a layer, so samples cannot have gates of their "
+                "own there; run the networks one after another, by another rule than the parallel one"
             )
         factors = self._joined(self.gates)[: weight.shape[dim]]
         shape = [-1 if d == dim else 1 for d in range(weight.dim())]

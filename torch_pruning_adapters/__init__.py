@@ -1,4 +1,4 @@
-"""Channel groups, importance orders and surgery on top of torch-pruning's dependency graph.
+"""Channel groups, importance orders and surgery for PyTorch models.
 
 Useful on its own: neither NNI nor `nni_dbs` is needed.
 
@@ -7,8 +7,9 @@ Useful on its own: neither NNI nor `nni_dbs` is needed.
 """
 
 from torch_pruning_adapters.blocks import find_residual_blocks
+from torch_pruning_adapters.channels import Channels
 from torch_pruning_adapters.errors import UnsupportedModelError, WidthError
-from torch_pruning_adapters.group import ChannelGroup, Member, Span
+from torch_pruning_adapters.group import ChannelGroup, Member, Product, Span
 from torch_pruning_adapters.groups import find_channel_groups
 from torch_pruning_adapters.importance import (
     bn_scale,
@@ -19,10 +20,13 @@ from torch_pruning_adapters.importance import (
     prefix_order,
 )
 from torch_pruning_adapters.surgery import check_width, check_widths, kept_channels, removed_blocks, shrink
+from torch_pruning_adapters.trace import register
 
 __all__ = [
     "ChannelGroup",
+    "Channels",
     "Member",
+    "Product",
     "Span",
     "UnsupportedModelError",
     "WidthError",
@@ -37,6 +41,7 @@ __all__ = [
     "l2_norm",
     "mirrored_order",
     "prefix_order",
+    "register",
     "removed_blocks",
     "shrink",
 ]

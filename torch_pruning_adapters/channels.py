@@ -1,10 +1,10 @@
 """Which channels lie where on a tensor, and which of them are tied.
 
-While a model runs, every channel of every parameter has a number. A tensor's channels are `Block`s: some of its
-dimensions, with the number behind each entry. Two relations are kept on the numbers: the *same* channel (the
-terms of a sum, a weight's columns and what they read), and channels cut *together* (one in each block of a
-grouped convolution, one in each head). Operators (`operators.py`) and handlers of module types (`register`) say
-what ties what.
+While a model runs, every channel of every parameter has a number. A tensor's channels are `Block`s: some of
+its dimensions, with the number behind each entry. Two relations are kept on the numbers: the *same* channel
+(the terms of a sum, a weight's columns and what they read), and channels cut *together* (one in each block
+of a grouped convolution, one in each head). Operators (`operators.py`) and handlers of module types
+(`register`) say what ties what.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Count:
 
 @dataclass(frozen=True)
 class SizeAxis:
-    """An integer attribute of a module that is the number of these channels; `reader` runs where it is read."""
+    """An integer attribute of a module that counts these channels; `reader` runs where it is read."""
 
     module: str
     attribute: str
@@ -175,7 +175,7 @@ class Channels:
         self._pair(places, self.same)
 
     def together(self, *places: Place) -> None:
-        """Equal positions on these dimensions, of one length, are different channels that are cut together."""
+        """Equal positions on these dimensions, of one length, are cut together, but not the same."""
         self._pair(places, self.cut_together)
 
     def resize(self, module: nn.Module, attribute: str, place: Place) -> None:
@@ -269,7 +269,7 @@ class Channels:
         self.cut_together(line, line[:, :1])
 
     def in_blocks(self, axis_number: int, blocks: int) -> np.ndarray:
-        """The channels behind a weight's dimension that `blocks` blocks of channels share: (blocks * length,)."""
+        """The channels behind a weight's dimension that so many blocks share: (blocks * length,)."""
         axis = self._in_blocks.get(axis_number)
         if axis is None:
             original = self.axes[axis_number]

@@ -115,7 +115,8 @@ class ChannelGroup:
         name: Dotted name of the first producer in the model's order; `name[a:b]` where the layer's
             channels fall into several groups.
         size: Number of channels.
-        step: A width must be a multiple of it (grouped convolutions keep equally many in each group, attention
+        step: A width must be a multiple of it (grouped convolutions keep equally many in each group,
+        attention
             in each head). The channels `p + b * size / step` for all b go together.
         members: Every layer that the group touches.
         frozen: `None`, or why the group must keep its full width.

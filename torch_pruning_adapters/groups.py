@@ -296,7 +296,7 @@ def _channels_of(
 def _with_statistics(
     group: ChannelGroup, axes: Sequence[_Axis], mixing: Mapping[str, np.ndarray], units: np.ndarray, size: int
 ) -> ChannelGroup:
-    """The group with a member for each module that takes statistics over its channels and is no layer for it."""
+    """The group with a member for each module, but layers for it, that takes statistics over its channels."""
     layers = {m.layer for m in group.members if m.kind in ("layernorm", "groupnorm")}
     members = tuple(
         Member(module, "through", "statistics", (), group.size, (Span(0, 0, group.size),))

@@ -119,8 +119,8 @@ def _producer_sum(model: nn.Module, group: ChannelGroup, power: int) -> Tensor:
     """Sum of |weight|**power over all weights that compute a channel: (C,)."""
     score = torch.zeros(group.size, dtype=torch.float64)
     for member in group.producers:
-        weight = model.get_submodule(member.layer).get_parameter("weight").detach()
-        dim = dict(member.tensors)["weight"]
+        name, dim = member.tensors[0]
+        weight = model.get_submodule(member.layer).get_parameter(name).detach()
         if member.per_block:  # a transposed convolution: each block of rows has its own channels as columns
             weight = weight.unflatten(0, (member.blocks, -1)).transpose(0, 1).flatten(1, 2)
         rows = weight.transpose(0, dim).flatten(1)

@@ -1,9 +1,9 @@
 """Integers that remember which channels they count.
 
-A forward pass turns widths into numbers (`b, n, c = x.shape`; `c // heads`; `self.hidden_dim`) and numbers back
-into shapes (`x.view(b, n, heads, c // heads)`). After a cut the numbers must have changed with the channels.
-While a model is traced, the shapes of tensors and the integers of its modules are `Length`s, so that a reshape
-shows whether it would follow.
+A forward pass turns widths into numbers (`b, n, c = x.shape`; `c // heads`; `self.hidden_dim`) and numbers
+back into shapes (`x.view(b, n, heads, c // heads)`). After a cut the numbers must have changed with the
+channels. While a model is traced, the shapes of tensors and the integers of its modules are `Length`s, so
+that a reshape shows whether it would follow.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What each operator of PyTorch does to channels.
 
-One rule for each kind of operator, at the level at which PyTorch dispatches them: there are few kinds there, and
-layers, functions and methods all end in them. Operators that move entries (`view`, `cat`, `roll`) are applied to
-the channels' numbers themselves. An operator without a rule freezes what it reads.
+One rule for each kind of operator, at the level at which PyTorch dispatches them: there are few kinds
+there, and layers, functions and methods all end in them. Operators that move entries (`view`, `cat`,
+`roll`) are applied to the channels' numbers themselves. An operator without a rule freezes what it reads.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _moves(channels: Channels, operation: Operation) -> None:
 
 
 def _compressed(numbers: Tensor) -> list[Block]:
-    """Numbers of a whole tensor as a block on the dimensions along which they differ; [] where they do not."""
+    """Numbers of a whole tensor as a block on the dimensions along which they differ, if any."""
     dims = []
     for d, (length, stride) in enumerate(zip(numbers.shape, numbers.stride(), strict=True)):
         first = numbers.narrow(d, 0, min(length, 1))
@@ -245,7 +245,7 @@ def _compressed(numbers: Tensor) -> list[Block]:
 
 
 def _disjoint(channels: Channels, blocks: list[Block], ndim: int) -> list[Block]:
-    """The blocks; those that came to lie on a common dimension (an outer product, flattened) cannot be cut."""
+    """The blocks; those that came to share a dimension (an outer product, flattened) cannot be cut."""
     kept: list[Block] = []
     for block in blocks:
         other = next((b for b in kept if set(b.dims) & set(block.dims)), None)
@@ -807,7 +807,7 @@ def _group_norm(channels: Channels, operation: Operation) -> None:
         channels.statistics.append((channels.module, np.unique(block.numbers)))
 
 
-# --- matrix products -----------------------------------------------------------------------------------------
+# --- matrix products --------------------------------------------------------------------------------
 
 
 def _in_layer(channels: Channels) -> bool:

@@ -1,13 +1,13 @@
 """Following a model's channels through one forward pass.
 
-The pass runs as it is. Every operator that it dispatches is seen with its arguments and its result, so functional
-calls, reused and nested modules, and tensors made on the way are followed like layers, at the cost of the
-operators that really run: no path through the graph is walked twice. `shape`s that the pass reads, and the
-integers that it takes from modules, are `Length`s.
+The pass runs as it is. Every operator that it dispatches is seen with its arguments and its result, so
+functional calls, reused and nested modules, and tensors made on the way are followed like layers, at the
+cost of the operators that really run: no path through the graph is walked twice. `shape`s that the pass
+reads, and the integers that it takes from modules, are `Length`s.
 
 torch-pruning's `DependencyGraph` was used here before. It guesses how reshapes move channels and visits every
-path, so that it fails on channel shuffles, windowed attention and the heads of detectors; the tests still compare
-the groups with its own where it has them.
+path, so that it fails on channel shuffles, windowed attention and the heads of detectors; the tests still
+compare the groups with its own where it has them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _HANDLERS: dict[type[nn.Module], Handler] = {}
 def register(kind: type[nn.Module]) -> Callable[[Handler], Handler]:
     """Teaches `find_channel_groups` a module type whose forward pass it cannot follow, as a decorator.
 
-    Use it for modules that call kernels of their own, or that mix channels in a way that their operators do not
-    show. What happens inside of them is then not looked at; the handler says what it does to channels:
+    Use it for modules that call kernels of their own, or that mix channels in a way that their operators do
+    not show. What happens inside of them is then not looked at; the handler says what it does to channels:
 
         @register(PerChannelScale)
         def per_channel_scale(module, inputs, output, channels):
@@ -76,13 +76,13 @@ def trace(model: nn.Module, example_inputs: Inputs) -> Channels:
 def _run(model: nn.Module, example_inputs: Inputs, channels: Channels) -> None:
     """Runs in eval mode, then lets containers take their training branch, if that uses more parameters.
 
-    Auxiliary heads (GoogLeNet, Inception) run only in training; their layers read channels too. Layers without
-    children (normalisation, dropout, stochastic depth) stay in eval mode.
+    Auxiliary heads (GoogLeNet, Inception) run only in training; their layers read channels too. Layers
+    without children (normalisation, dropout, stochastic depth) stay in eval mode.
     """
     model.eval()
     out = _follow(model, example_inputs, channels)
-    found = [t for t in out if channels.facts(t).blocks or channels.facts(t).from_input]
-    if not out or not found:
+    facts = [channels.facts(t) for t in out if t.numel()]  # a detector may have found nothing
+    if not out or (facts and not any(f.blocks or f.from_input for f in facts)):
         raise UnsupportedModelError("the model's output does not depend on its parameters: nothing to trace")
     if all(channels.is_seen(p) for p in model.parameters()):
         return

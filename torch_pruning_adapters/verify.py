@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from torch_pruning_adapters.calls import Inputs, call, tensors_in
 from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.group import ChannelGroup
 from torch_pruning_adapters.importance import Order
-from torch_pruning_adapters.surgery import keep_mask, kept_channels, layer_axes, shrink
+from torch_pruning_adapters.surgery import is_depthwise, keep_mask, kept_channels, layer_axes, shrink
 
 TOLERANCE = 1e-3  # relative; rounding stays below 1e-4, a wrong index changes outputs by tenths
 
@@ -27,10 +30,13 @@ def freeze_unsafe(
     All groups are tried together on a copy; only where that fails are they halved until each culprit
     stands alone, so a sound model costs two trials whatever its size. Groups that fail only together are
     all frozen. The cut copy must give the outputs of the uncut one with the consumers' columns of the
-    dropped channels set to zero: equal whatever lies between, except where a LayerNorm or GroupNorm takes
-    statistics over the channels (there the cut copy must run and give finite outputs of the right shapes).
+    dropped channels set to zero: equal whatever lies between, except where a LayerNorm, a GroupNorm or the
+    scores of attention are taken over the channels (there the cut copy must run and give finite outputs of
+    the right shapes). The layers that keep all their outputs are compared one by one, and what the uncut
+    copy computed goes on from there: a detector's heads are compared before proposals and boxes are
+    selected by them.
     """
-    trial = _Trial(model, example_inputs)
+    trial = _Trial(model, example_inputs, groups)
     reasons: dict[str, str] = {}
 
     def search(suspects: list[ChannelGroup]) -> None:
@@ -61,7 +67,13 @@ def _mixes_channels(group: ChannelGroup) -> bool:
 class _Trial:
     """A copy of the model, with constant tensors (fresh norms, zero-initialised layers) made random."""
 
-    def __init__(self, model: nn.Module, example_inputs: Inputs) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Inputs, groups: Sequence[ChannelGroup]) -> None:
+        narrowing = {m.layer for g in groups if g.frozen is None for m in g.producers}
+        self.keeping = [
+            name
+            for name, m in model.named_modules()
+            if isinstance(m, (_ConvNd, nn.Linear)) and name not in narrowing and not is_depthwise(m)
+        ]
         try:
             self.model = copy.deepcopy(model).eval()
         except (RuntimeError, TypeError) as error:
@@ -84,21 +96,24 @@ class _Trial:
         for g in groups:
             widths[g.name] = g.step * int(self.rng.integers(1, g.size // g.step))
             order[g.name] = self._random_order(g)
+        with _recorded(self.model, self.keeping) as heads:
+            whole = self._without(groups, widths, order)
+        exact = not any(_mixes_channels(g) for g in groups)
         try:
             small = shrink(self.model, groups, widths, order)
-            cut = tensors_in(call(small, self.example_inputs))
+            with _replayed(small, self.keeping, heads) as found:
+                cut = tensors_in(call(small, self.example_inputs))
         except Exception as error:
-            return f"the cut model fails: {type(error).__name__}: {str(error).splitlines()[0]}"
-        whole = self._without(groups, widths, order)
-        if [t.shape for t in cut] != [t.shape for t in whole]:
+            return f"the cut model fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        pairs = [(a, b) for name in self.keeping for a, b in zip(found[name], heads[name], strict=False)]
+        pairs += zip(cut, whole, strict=False)
+        if len(cut) != len(whole) or any(a.shape != b.shape for a, b in pairs):
             return "cutting changes the shape of the network's output"
-        if any(_mixes_channels(g) for g in groups):
-            return (
-                None if all(bool(t.isfinite().all()) for t in cut) else "the cut model's output is not finite"
-            )
-        for a, b in zip(cut, whole, strict=True):
-            if a.is_floating_point() and not _close(a, b):
-                return "the cut model computes something else than the uncut one without these channels"
+        if not exact:
+            finite = all(_finite(a) or not _finite(b) for a, b in pairs)
+            return None if finite else "the cut model's output is not finite"
+        if not all(_close(a, b) for a, b in pairs if a.is_floating_point() and a.numel()):
+            return "the cut model computes something else than the uncut one without these channels"
         return None
 
     def _random_order(self, g: ChannelGroup) -> np.ndarray:
@@ -124,6 +139,47 @@ class _Trial:
         finally:
             for tensor, value in reversed(saved):
                 tensor.copy_(value)
+
+
+@contextmanager
+def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the block the layers' outputs are kept, in the order of their calls."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with _hooked(model, {name: lambda out, name=name: outputs[name].append(out) for name in layers}):
+        yield outputs
+
+
+@contextmanager
+def _replayed(
+    model: nn.Module, layers: Sequence[str], recorded: dict[str, list[Tensor]]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """Within the block the layers' outputs are kept, and the recorded ones go on in their place."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def replace(name: str, out: Tensor) -> Tensor:
+        outputs[name].append(out)
+        known = recorded[name][len(outputs[name]) - 1 :]
+        return known[0] if known and known[0].shape == out.shape else out
+
+    with _hooked(model, {name: functools.partial(replace, name) for name in layers}):
+        yield outputs
+
+
+@contextmanager
+def _hooked(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    def hook(fn: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
+        return lambda _module, _inputs, out: fn(out)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(fn)) for name, fn in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(t: Tensor) -> bool:
+    return bool(t.isfinite().all())
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
