@@ -364,8 +364,8 @@ class FlopsCost(PolynomialCost):
         if found != self(narrow):
             raise UnsupportedModelError(
                 f"{products} multiply-adds lie in matrix products outside of layers and depend on "
-                f"the widths in a way that this cost does not follow: {found} are counted on a narrow network, "
-                f"not {self(narrow)}"
+                f"the widths in a way that this cost does not follow: on a narrow network {found} are "
+                f"counted, not {self(narrow)}"
             )
 
 

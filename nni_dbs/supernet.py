@@ -505,8 +505,8 @@ class _Factors:
         """In the shape and precision of a weight whose dimension `dim` reads the channels."""
         if any(gate.dim() == 2 for gate in self.gates):
             raise WidthError(
-                f"the weights of {self.layer!r} are not applied by a layer, so samples cannot have gates of their "
-                "own there; run the networks one after another, by another rule than the parallel one"
+                f"the weights of {self.layer!r} are not applied by a layer, so samples cannot have gates of "
+                "their own there; run the networks one after another, by another rule than the parallel one"
             )
         factors = self._joined(self.gates)[: weight.shape[dim]]
         shape = [-1 if d == dim else 1 for d in range(weight.dim())]

@@ -145,7 +145,7 @@ class _Trial:
 def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Within the block the layers' outputs are kept, in the order of their calls."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-    with _hooked(model, {name: lambda out, name=name: outputs[name].append(out) for name in layers}):
+    with _hooked(model, {name: found.append for name, found in outputs.items()}):
         yield outputs
 
 
