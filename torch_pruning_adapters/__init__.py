@@ -8,6 +8,7 @@ Useful on its own: neither NNI nor `nni_dbs` is needed.
 
 from torch_pruning_adapters.blocks import find_residual_blocks
 from torch_pruning_adapters.channels import Channels
+from torch_pruning_adapters.criteria import from_torch_pruning
 from torch_pruning_adapters.errors import UnsupportedModelError, WidthError
 from torch_pruning_adapters.group import ChannelGroup, Member, Product, Span
 from torch_pruning_adapters.groups import find_channel_groups
@@ -36,6 +37,7 @@ __all__ = [
     "check_widths",
     "find_channel_groups",
     "find_residual_blocks",
+    "from_torch_pruning",
     "kept_channels",
     "l1_norm",
     "l2_norm",
