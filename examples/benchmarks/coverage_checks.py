@@ -22,13 +22,14 @@ from examples.benchmarks.coverage_table import UNPRUNED, Row
 from examples.benchmarks.detection_heads import groups_of_wrapped
 from examples.benchmarks.measure import timed
 from examples.benchmarks.torchvision_models import (
-    TRAINING_BATCH,
     build,
     comparable,
     example_of,
     family_of,
     inputs_of,
     randomise,
+    settle,
+    training_batch,
 )
 from nni_dbs import Budget, FlopsCost, Widths, WidthSpace, project
 from nni_dbs.cost import count_flops
@@ -67,6 +68,7 @@ def _examine(row: Row, tell: Callable[[Row], object]) -> None:
     groups = find_groups(row, model, net)
     tell(row)
     randomise(net)
+    settle(net, training_batch(row.name))
     pruned = halved(row, net, groups)
     tell(row)
     for key, check in CHECKS.items():
@@ -224,7 +226,7 @@ def check_reload(pruned: Pruned) -> None:
 
 
 def check_training(pruned: Pruned) -> None:
-    inputs = inputs_of(pruned.name, TRAINING_BATCH.get(pruned.name, 2))
+    inputs = training_batch(pruned.name)
     expected = learning(pruned.net, inputs)
     small = copy.deepcopy(pruned.small)
     optimizer = torch.optim.SGD(small.parameters(), lr=1e-6)  # squares of random outputs are steep

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model, list_models
 
 from examples.benchmarks.detection_heads import before_suppression
@@ -35,7 +36,6 @@ LARGER = {  # by the beginning of a name: what takes no smaller input
     "s3d": (3, 16, 224, 224),
     "mvit": (3, 16, 224, 224),
 }
-TRAINING_BATCH = {"inception_v3": 4}  # of others 2; its auxiliary head normalises 1x1 maps
 SLOW_INITIALISATION = ("googlenet", "inception_v3", "vgg")
 
 
@@ -55,6 +55,11 @@ def build(name: str) -> nn.Module:
     if family == "detection" and not name.startswith("ssd"):
         arguments["min_size"] = arguments["max_size"] = inputs_of(name)[0].shape[-1]  # it resizes to that
     return get_model(name, weights=None, **arguments).eval()
+
+
+def training_batch(name: str) -> tuple[Tensor, ...]:
+    """As `inputs_of`, as many as normalisation over a batch needs."""
+    return inputs_of(name, 4 if name == "inception_v3" else 2)  # its auxiliary head normalises 1x1 maps
 
 
 def inputs_of(name: str, batch: int = 1) -> tuple[Tensor, ...]:
@@ -90,3 +95,19 @@ def randomise(model: nn.Module) -> None:
             tensor.uniform_(0.5, 1.5, generator=generator)
         else:
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Moves the running statistics half of the way to those of a batch.
+
+    Activations keep their scale then; where they grow from layer to layer, rounding in float32 does too.
+    """
+    norms = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm)}
+    for norm in norms:
+        norm.momentum = 0.5
+    torch.manual_seed(0)
+    model.train()(*inputs)
+    model.eval()
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
