@@ -87,6 +87,8 @@ def _examine(row: Row, tell: Callable[[Row], object]) -> None:
         if difference is not None:
             row.differences[key] = rounded(difference)
         tell(row)
+    if net is not model:
+        row.groups_before_suppression = groups_found(net, pruned.inputs)
 
 
 def find_groups(row: Row, model: nn.Module, net: nn.Module) -> tuple[ChannelGroup, ...]:
@@ -101,13 +103,15 @@ def find_groups(row: Row, model: nn.Module, net: nn.Module) -> tuple[ChannelGrou
         if g.frozen is not None:
             reason = re.sub(r"'[^']*'", "'...'", g.frozen)  # layers' names
             row.frozen.setdefault(reason, {"groups": 0, "example": g.name})["groups"] += 1
-    if net is model:
-        return groups
+    return groups if net is model else groups_of_wrapped(groups)
+
+
+def groups_found(net: nn.Module, inputs: Inputs) -> int | str:
+    """Their number, or the error."""
     try:
-        row.groups_before_suppression = len(find_channel_groups(net, inputs_of(row.name), verify=False))
+        return len(find_channel_groups(net, inputs, verify=False))
     except Exception as error:
-        row.groups_before_suppression = text_of(error)
-    return groups_of_wrapped(groups)
+        return text_of(error)
 
 
 @dataclass(frozen=True)
