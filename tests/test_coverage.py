@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 import importlib.util
 import json
@@ -80,6 +82,33 @@ def test_one_model_of_each_kind(name: str) -> None:
         assert row.flops > 0 and row.groups is None
     else:
         check(row)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
+def test_mistakes_are_noticed() -> None:
+    checks, models = module("coverage_checks"), module("torchvision_models")
+    net = models.build("resnet18")
+    groups = find_channel_groups(net, models.inputs_of("resnet18"), verify=False)
+    models.randomise(net)
+    pruned = checks.halved(checks.empty_row("resnet18"), net, groups)
+    reverse = {name: order[::-1] for name, order in pruned.supernet.order.items()}
+    other = shrink(net, groups, pruned.widths, reverse)
+    headless = copy.deepcopy(pruned.small)
+    headless.fc = nn.Linear(headless.fc.in_features, 7)
+    unused = copy.deepcopy(pruned.small)
+    unused.fc.requires_grad_(False)
+
+    def what(key: str, **wrong: Any) -> str:
+        return checks.outcome(lambda: checks.CHECKS[key](dataclasses.replace(pruned, **wrong)))[0]
+
+    assert what("budget", bound=pruned.flops) == "ok"
+    assert what("budget", bound=pruned.flops - 1).endswith(f"allowed are {pruned.flops - 1}")
+    assert what("flops", flops=7) == f"FlopsCost says {pruned.flops}, fvcore 7"
+    assert what("sliced", small=other).startswith("differs by ")
+    assert what("outputs", small=other) == "ok"
+    assert what("outputs", small=headless) == "other shapes of outputs"
+    assert what("reload", small=headless).startswith("RuntimeError: ")
+    assert what("training", small=unused) == "2 parameters get no gradient, such as fc.bias"
 
 
 def test_detectors_before_suppression_have_the_groups_of_the_detector() -> None:

@@ -21,7 +21,7 @@ where all else happens; the number of groups found on that part stands beside th
 detectors only.
 
 The results are written after each model, as JSON and as a Markdown table next to it, and a second run goes
-on from there. Run from the root of the repository; two processes of the largest models need about 20 GB:
+on from there. Run from the root of the repository; the largest model (RegNet-Y-128GF) needs 14 GB of memory:
 
     python -m examples.benchmarks.coverage --processes 2
     python -m examples.benchmarks.coverage --models resnet18 video --fresh
