@@ -82,7 +82,8 @@ def _examine(row: Row, tell: Callable[[Row], object]) -> None:
         for part in (pruned.net, pruned.small):
             row.checks[key], difference = outcome(partial(check_export, export, part, pruned.inputs))
             if row.checks[key] != "ok":
-                row.checks[key] = UNPRUNED * (part is pruned.net) + row.checks[key]
+                if part is pruned.net:
+                    row.checks[key] = UNPRUNED + row.checks[key]
                 break
         if difference is not None:
             row.differences[key] = rounded(difference)
