@@ -110,9 +110,15 @@ def _attention_sizes(channels: Channels, modules: Mapping[str, nn.Module]) -> It
     for size in channels.sizes:
         module = modules[size.module]
         if isinstance(module, nn.MultiheadAttention) and size.attribute == "embed_dim":
-            yield dataclasses.replace(size, attribute="kdim")
-            yield dataclasses.replace(size, attribute="vdim")
             yield dataclasses.replace(size, attribute="head_dim", numbers=size.numbers[: module.head_dim])
+            if module.in_proj_weight is not None:
+                yield dataclasses.replace(size, attribute="kdim")
+                yield dataclasses.replace(size, attribute="vdim")
+    for axis in channels.axes:
+        for layer, tensor in axis.names:
+            attribute = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}.get(tensor)
+            if attribute and axis.dim == 1 and isinstance(modules[layer], nn.MultiheadAttention):
+                yield SizeAxis(layer, attribute, layer, axis.numbers)
 
 
 def _without_repetition(axes: Iterable[_Axis]) -> list[_Axis]:
