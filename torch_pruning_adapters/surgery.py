@@ -133,7 +133,7 @@ def kept_channels(groups: Iterable[ChannelGroup], widths: Mapping[str, int], ord
 
 def is_depthwise(module: nn.Module) -> bool:
     """A convolution with one filter for each channel."""
-    return isinstance(module, _ConvNd) and module.groups == module.out_channels and module.out_channels > 1
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
 
 
 @dataclass(frozen=True)
