@@ -9,6 +9,7 @@ of a grouped convolution, one in each head). Operators (`operators.py`) and hand
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -299,18 +300,23 @@ class Channels:
         if length.channels is None or length.ratio * len(length.channels) != n:
             return
         counted = length.channels
+        if self._keep_pace(numbers, counted):
+            return
         if len(counted) % n == 0:
             parts = counted.reshape(-1, n)  # (k, n)
             if len(numbers) % len(parts) == 0:
                 self.cut_together(numbers.reshape(-1, *parts.shape), parts)
             else:
                 self.cut_together(parts[None], numbers[:, None])
-        elif n % len(counted) == 0 and not self._is_repeated(numbers, counted):
+        elif n % len(counted) == 0:
             self.cut_together(numbers.reshape(len(numbers), -1, len(counted)), counted)
 
-    def _is_repeated(self, numbers: np.ndarray, counted: np.ndarray) -> bool:
-        units = self.unit(numbers.reshape(len(numbers), len(counted), -1))
-        return bool((units == self.unit(counted)[:, None]).all())
+    def _keep_pace(self, numbers: np.ndarray, counted: np.ndarray) -> bool:
+        """Whether each line (R, n) loses as large a part as `counted` does (in another order, or repeated)."""
+        n, m = numbers.shape[1], len(counted)
+        common = math.lcm(n, m)
+        lines = np.sort(self.unit(numbers), axis=1).repeat(common // n, axis=1)
+        return bool((lines == np.sort(self.unit(counted)).repeat(common // m)).all())
 
     # --- inside -------------------------------------------------------------------------------------
 
