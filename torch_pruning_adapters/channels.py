@@ -312,7 +312,7 @@ class Channels:
             self.cut_together(numbers.reshape(len(numbers), -1, len(counted)), counted)
 
     def _keep_pace(self, numbers: np.ndarray, counted: np.ndarray) -> bool:
-        """Whether each line (R, n) loses as large a part as `counted` does (in another order, or repeated)."""
+        """Whether each line (R, n) loses as large a part as `counted` does, in any order or repeated."""
         n, m = numbers.shape[1], len(counted)
         common = math.lcm(n, m)
         lines = np.sort(self.unit(numbers), axis=1).repeat(common // n, axis=1)

@@ -19,9 +19,9 @@ from torch_pruning_adapters.importance import Importance
 def from_torch_pruning(criterion: tp.importance.Importance) -> Importance:
     """A criterion of torch-pruning as an importance of channels.
 
-    Use it for what is not in `torch_pruning_adapters.importance`: Taylor, Hessian, LAMP, FPGM, OBD-C. Those that
-    need gradients want a `backward` on the model first. It sees the group's convolutions, linear layers and
-    normalisations as torch-pruning would have grouped them.
+    Use it for what is not in `torch_pruning_adapters.importance`: Taylor, Hessian, LAMP, FPGM, OBD-C. Those
+    that need gradients want a `backward` on the model first. It sees the group's convolutions, linear layers
+    and normalisations as torch-pruning would have grouped them.
 
         order = channel_order(model, groups, from_torch_pruning(tp.importance.GroupTaylorImportance()))
 
@@ -33,8 +33,8 @@ def from_torch_pruning(criterion: tp.importance.Importance) -> Importance:
         found = criterion(_as_torch_pruning(model, group))
         if found is None or len(found) < group.size:
             raise WidthError(
-                f"{type(criterion).__name__} gives group {group.name!r} no scores; does it need gradients, or "
-                "layers of another kind?"
+                f"{type(criterion).__name__} gives group {group.name!r} no scores; does it need gradients, "
+                "or layers of another kind?"
             )
         return torch.as_tensor(found)[: group.size]
 
@@ -42,7 +42,7 @@ def from_torch_pruning(criterion: tp.importance.Importance) -> Importance:
 
 
 def _as_torch_pruning(model: nn.Module, group: ChannelGroup) -> Group:
-    """The group's layers with their entries, and the group's channel behind each, as torch-pruning's group."""
+    """The group's layers with their entries, and its channel behind each, as torch-pruning's group."""
     made = Group()
     for member in group.members:
         module = model.get_submodule(member.layer)

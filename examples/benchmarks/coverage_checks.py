@@ -35,7 +35,7 @@ from nni_dbs import Budget, FlopsCost, Widths, WidthSpace, project
 from nni_dbs.cost import count_flops
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import ChannelGroup, find_channel_groups, shrink
-from torch_pruning_adapters.graph import Inputs, tensors_in
+from torch_pruning_adapters.calls import Inputs, tensors_in
 
 SLICED, EXPORTED = 1e-5, 1e-4  # largest differences, relative
 

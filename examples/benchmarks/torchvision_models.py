@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model, list_models
 
 from examples.benchmarks.detection_heads import before_suppression
-from torch_pruning_adapters.graph import Inputs
+from torch_pruning_adapters.calls import Inputs
 
 FAMILIES: dict[str, list[str]] = {
     "classification": list_models(module=torchvision.models),
