@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 from nni_dbs.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from nni_dbs.config import Config
+    from torch_pruning_adapters.calls import Inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,10 +218,8 @@ def _methods(options: argparse.Namespace) -> None:
         print("    " + summary.replace("\n", "\n    ") + "\n")
 
 
-def _model_and_input(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    import torch
-
-    from nni_dbs.models import build_model
+def _model_and_input(options: argparse.Namespace) -> tuple[nn.Module, Inputs]:
+    from nni_dbs.models import model_and_input
 
     try:
         shape = [int(n) for n in options.input.lower().split("x")]
@@ -228,7 +227,7 @@ def _model_and_input(options: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         shape = []
     if not shape or min(shape) < 1:
         raise ConfigError(f"--input: expected a shape such as 3x224x224, not {options.input!r}")
-    return build_model(options.model), torch.zeros(1, *shape)
+    return model_and_input(options.model, shape)
 
 
 if __name__ == "__main__":

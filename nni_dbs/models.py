@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision
 from torch import nn
 
 from nni_dbs.errors import ModelError
+from torch_pruning_adapters.calls import Inputs
 from torch_pruning_adapters.errors import nearest
 
 
@@ -40,6 +42,25 @@ def build_model(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Mod
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name!r} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
+
+
+def model_and_input(name: str, shape: Sequence[int]) -> tuple[nn.Module, Inputs]:
+    """A model to look at, not to use: without pretrained parts, and one sample as its forward pass takes it.
+
+    Torchvision's detectors take a list of images, its optical flow networks two of them.
+
+    Args:
+        name: As for `build_model`.
+        shape: Of one sample, such as (3, 224, 224).
+    """
+    if name in torchvision.models.list_models(module=torchvision.models.detection):
+        return build_model(name, {"weights_backbone": None}), ([torch.zeros(*shape)],)
+    sample = torch.zeros(1, *shape)
+    if name in torchvision.models.list_models(module=torchvision.models.segmentation):
+        return build_model(name, {"weights_backbone": None}), sample
+    if name in torchvision.models.list_models(module=torchvision.models.optical_flow):
+        return build_model(name), (sample, sample)
+    return build_model(name), sample
 
 
 def _torchvision_builder(name: str) -> Any:

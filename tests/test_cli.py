@@ -424,6 +424,25 @@ def test_from_scratch_begins_at_new_weights(searched: Path, tmp_path: Path) -> N
     assert all(torch.equal(weights[name], parameter) for name, parameter in drawn.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "groups"),
+    [
+        ("lraspp_mobilenet_v3_large", "3x64x64", "30 of 30"),
+        ("raft_small", "3x128x128", "38 of 39"),
+        ("r3d_18", "3x4x32x32", "12 of 12"),
+        ("fasterrcnn_mobilenet_v3_large_320_fpn", "3x64x64", " of "),
+    ],
+)
+def test_groups_of_every_kind_of_model(
+    name: str, shape: str, groups: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["groups", name, "--input", shape]) == 0
+    printed = capsys.readouterr().out
+    assert f"{groups}" in printed.splitlines()[-1]
+    if name.startswith("fasterrcnn"):
+        assert "rpn.head.cls_logits" in printed and "aten.topk" in printed
+
+
 def test_groups_and_cost(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["groups", "resnet18", "--input", "3x64x64", "--json"]) == 0
     groups = json.loads(capsys.readouterr().out)
