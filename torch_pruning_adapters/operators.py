@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from torch_pruning_adapters.calls import map_tensors
 from torch_pruning_adapters.channels import FIXED, FROM_CONSTANT, Block, Channels, Count, Facts
 from torch_pruning_adapters.lengths import Length
 
@@ -67,7 +68,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of operators; those of other packages are given by name."""
+    """Registers a function as the rule of operators; by name where not every version or build has them."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(map(str, ops), function))
@@ -220,9 +221,10 @@ def _moves(channels: Channels, operation: Operation) -> None:
     facts = channels.facts(tensor)
     outs = _tensors(operation.out)
     blocks: list[list[Block]] = [[] for _ in outs]
+    others = [map_tensors(a, Tensor.cpu) if _tensors(a) else a for a in operation.args[1:]]
     for block in facts.blocks:
         numbers = torch.from_numpy(block.spread(tensor.dim())).expand(tensor.shape)
-        moved = _tensors(operation.op(numbers, *operation.args[1:], **operation.kwargs))
+        moved = _tensors(operation.op(numbers, *others, **operation.kwargs))
         for found, part in zip(blocks, moved, strict=True):
             found += _compressed(part)
     from_input = _from_input(channels, _inputs(operation))  # indices may depend on it
@@ -981,13 +983,13 @@ def _grouped(channels: Channels, block: Block | None, groups: int, dim: int) -> 
 
 
 @rule(
-    aten.scaled_dot_product_attention,
-    aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_efficient_attention,
-    aten._scaled_dot_product_attention_math,
-    aten._scaled_dot_product_attention_math_for_mps,
-    aten._scaled_dot_product_cudnn_attention,
+    "aten.scaled_dot_product_attention",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_attention_math",
+    "aten._scaled_dot_product_attention_math_for_mps",
+    "aten._scaled_dot_product_cudnn_attention",
 )
 def _attention(channels: Channels, operation: Operation) -> None:
     """softmax(q k^T) v of q (..., L, E), k (..., S, E), v (..., S, F): (..., L, F)."""

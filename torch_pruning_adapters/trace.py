@@ -237,18 +237,18 @@ def _sizes_followed(model: nn.Module, channels: Channels) -> Iterator[None]:
         if length.ratio == 1 and attribute.attribute is not None:
             channels.follow(length.channels[None], Length(attribute, attribute=attribute.attribute))
 
-    saved: list[tuple[dict[str, Any], str, int]] = []
     for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if type(value) is int and value > 1 and not isinstance(module, _LAYERS):
-                saved.append((vars(module), key, value))
+        own = isinstance(module, _LAYERS) and type(module).__module__.startswith("torch.nn.")
+        for key, value in vars(module).items() if not own else ():
+            if type(value) is int and value > 1:
                 vars(module)[key] = Length(value, attribute=(name, key), met=met)
     try:
         yield
     finally:
-        for attributes, key, value in saved:
-            if type(attributes.get(key)) is Length and attributes[key] == value:
-                attributes[key] = value
+        for module in model.modules():  # also what the forward pass set
+            for key, value in vars(module).items():
+                if type(value) is Length:
+                    vars(module)[key] = int(value)
 
 
 @contextmanager

@@ -145,7 +145,11 @@ class _Trial:
 def _recorded(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """Within the block the layers' outputs are kept, in the order of their calls."""
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
-    with _hooked(model, {name: found.append for name, found in outputs.items()}):
+
+    def keep(name: str, out: Tensor) -> None:
+        outputs[name].append(out.clone())  # an activation may write into it
+
+    with _hooked(model, {name: functools.partial(keep, name) for name in layers}):
         yield outputs
 
 
@@ -157,9 +161,9 @@ def _replayed(
     outputs: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def replace(name: str, out: Tensor) -> Tensor:
-        outputs[name].append(out)
+        outputs[name].append(out.clone())
         known = recorded[name][len(outputs[name]) - 1 :]
-        return known[0] if known and known[0].shape == out.shape else out
+        return known[0].clone() if known and known[0].shape == out.shape else out
 
     with _hooked(model, {name: functools.partial(replace, name) for name in layers}):
         yield outputs

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torch_pruning_adapters import ChannelGroup
+from torch_pruning_adapters import ChannelGroup, Member
 
 BOXES = ((0.0, 0.0, 1.0, 1.0), (0.1, 0.2, 0.6, 0.9), (0.5, 0.5, 0.7, 0.6))  # shares of the image
 
@@ -57,6 +57,18 @@ def before_suppression(model: nn.Module) -> nn.Module:
 
 def groups_of_wrapped(groups: Iterable[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """A detector's groups, under the same names, for the module that holds it as `model`."""
+
+    def inside(layer: str) -> str:
+        return f"model.{layer}".rstrip(".")
+
+    def member(m: Member) -> Member:
+        return replace(m, layer=inside(m.layer), reader=None if m.reader is None else inside(m.reader))
+
     return tuple(
-        replace(g, members=tuple(replace(m, layer=f"model.{m.layer}") for m in g.members)) for g in groups
+        replace(
+            g,
+            members=tuple(map(member, g.members)),
+            products=tuple(replace(p, layer=inside(p.layer)) for p in g.products),
+        )
+        for g in groups
     )
