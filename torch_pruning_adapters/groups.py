@@ -200,7 +200,10 @@ def _read_groups(channels: Channels, model: nn.Module) -> list[ChannelGroup]:
         alike.setdefault(signature, []).append(number)
 
     rank = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    mixing = {module: np.unique(channels.unit(numbers)) for module, numbers in channels.statistics}
+    mixing: dict[str, np.ndarray] = {}
+    for module, numbers in channels.statistics:  # a module may take several
+        over = mixing.get(module, numbers[:0])
+        mixing[module] = np.union1d(over, channels.unit(numbers))
     found = []
     for (row_lines, _, reason), members in alike.items():
         on = np.frombuffer(row_lines, dtype=row_line.dtype)
