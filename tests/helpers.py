@@ -89,7 +89,10 @@ def zeroed(
             for member in g.consumers:
                 layer = full.get_submodule(member.layer)
                 for entry, channel in entries(member):
-                    if channel in dropped:
+                    if channel in dropped and member.kind == "parameter":
+                        ((name, dim),) = member.tensors
+                        getattr(layer, name).index_fill_(dim, torch.tensor(entry), 0)
+                    elif channel in dropped:
                         _zero_input(layer, entry)
     return full
 
