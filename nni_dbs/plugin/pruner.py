@@ -37,6 +37,7 @@ from nni_dbs.result import Result, describe_device, save_pruned
 from nni_dbs.space import Widths, WidthSpace
 from torch_pruning_adapters import (
     ChannelGroup,
+    Member,
     WidthError,
     channel_order,
     find_channel_groups,
@@ -396,7 +397,7 @@ class WidthPruner(Pruner):
         """The FLOPs of the network whose groups keep 1 - sparse_ratio of their channels."""
         free = [g for g in self.space.groups if g.frozen is None]
         ratios = [
-            [selected[p.layer]["sparse_ratio"] for p in g.producers if "sparse_ratio" in selected[p.layer]]
+            [selected[p.layer]["sparse_ratio"] for p in _choosable(g) if "sparse_ratio" in selected[p.layer]]
             for g in free
         ]
         if not any(ratios):
@@ -489,8 +490,14 @@ def _selected_layers(model: nn.Module, config_list: Sequence[dict]) -> dict[str,
     return selected
 
 
+def _choosable(g: ChannelGroup) -> list[Member]:
+    """The producers that `config_list` decides about: layers, not weights that other modules apply."""
+    layers = [p for p in g.producers if p.kind in ("conv", "linear") and p.reader is None]
+    return layers or list(g.producers)
+
+
 def _frozen_unless_selected(g: ChannelGroup, selected: Mapping[str, Any]) -> ChannelGroup:
-    left_out = [p.layer for p in g.producers if p.layer not in selected]
+    left_out = [p.layer for p in _choosable(g) if p.layer not in selected]
     if g.frozen is None and left_out:
         return dataclasses.replace(g, frozen=f"config_list does not select {left_out[0]!r}")
     return g
@@ -512,7 +519,7 @@ def _bounded(space: WidthSpace, selected: Mapping[str, dict[str, float]]) -> Wid
     bounds = {}
     for g in space.groups:
         if g.frozen is None:
-            ratios = [selected[p.layer] for p in g.producers]
+            ratios = [selected[p.layer] for p in _choosable(g)]
             low = max(1 - r.get("max_sparse_ratio", 1.0) for r in ratios)
             high = min(1 - r.get("min_sparse_ratio", 0.0) for r in ratios)
             bounds[g.name] = (low, high)

@@ -641,9 +641,21 @@ class TestLifeCycle:
         assert not hasattr(model.stem[0], "_nni_wrapper")
 
     def test_unsupported_model(self) -> None:
-        model = torchvision.models.vit_b_16(image_size=32)
-        with pytest.raises(UnsupportedModelError, match="MultiheadAttention"):
-            uniform(model, [{"op_types": ["Linear"]}], example_inputs=torch.zeros(1, 3, 32, 32))
+        with pytest.raises(UnsupportedModelError, match="the model does not run: RuntimeError"):
+            uniform(example_inputs=torch.zeros(1, 5, 32, 32))
+
+    def test_a_transformer(self, tmp_path: Path) -> None:
+        model = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5).eval()
+        torch.nn.init.normal_(model.heads.head.weight)
+        fresh, images = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
+        pruner = uniform(
+            model, [{"op_types": ["Linear", "Conv2d"]}], budget=0.5, example_inputs=images[:1]
+        )
+        pruner.compress()
+        small = pruner.export(tmp_path / "out")
+        assert pruner.flops(pruner.widths) <= pruner.flops.full / 2
+        assert small.hidden_dim == small.encoder.layers[0].self_attention.embed_dim < 32
+        assert torch.equal(load_pruned(tmp_path / "out", fresh)(images), small(images))
 
     def test_unwritable_directory(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
