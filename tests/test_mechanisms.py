@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,18 +12,26 @@ from helpers import Net, conv, count_parameters, random_order, random_widths, ra
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, ShiftedWindowAttention
-from torchvision.models.swin_transformer import ShiftedWindowAttentionV2
+from torchvision.models.swin_transformer import (
+    PatchMerging,
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+)
 from torchvision.ops import FeaturePyramidNetwork, StochasticDepth
 
 from nni_dbs import FlopsCost, ParamsCost
 from nni_dbs.cost import count_flops
 from nni_dbs.supernet import Supernet
-from torch_pruning_adapters import ChannelGroup, Channels, find_channel_groups, register, shrink
-from torch_pruning_adapters import trace as tracing
+from torch_pruning_adapters import ChannelGroup, find_channel_groups, shrink
 from torch_pruning_adapters.calls import Inputs, call, tensors_in
 
-few = settings(max_examples=int(__import__("os").environ.get("N", 3)), deadline=None, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.explicit, Phase.generate])
+few = settings(
+    max_examples=int(__import__("os").environ.get("N", 3)),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate],
+)
 widths = st.integers(2, 5)
 seeds = st.integers(0, 2**31)
 
@@ -412,7 +418,10 @@ class Attention(nn.Module):
     def __init__(self, heads: int, width: int, how: str) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scale, self.how = heads, width, width**-0.5, how
-        self.qkv, self.proj = nn.Linear(heads * width, 3 * heads * width), nn.Linear(heads * width, heads * width)
+        self.qkv, self.proj = (
+            nn.Linear(heads * width, 3 * heads * width),
+            nn.Linear(heads * width, heads * width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, C = x.shape
@@ -427,7 +436,9 @@ class Attention(nn.Module):
             attn = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)
             x = (attn @ v).transpose(1, 2).reshape(B, N, C)
         elif self.how == "chunk":
-            q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            q, k, v = (
+                t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+            )
             x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         elif self.how == "einsum":
             q, k, v = (t.view(B, N, self.num_heads, -1) for t in self.qkv(x).chunk(3, dim=-1))
@@ -462,8 +473,15 @@ class Block(nn.Module):
         self.patch = nn.Conv2d(3, dim, 2, stride=2)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 5, dim))
-        self.norm1, self.attn, self.gamma1 = nn.LayerNorm(dim), Attention(heads, width, how), nn.Parameter(torch.ones(dim))
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, middle), nn.GELU(), nn.Linear(middle, dim))
+        self.norm1, self.attn, self.gamma1 = (
+            nn.LayerNorm(dim),
+            Attention(heads, width, how),
+            nn.Parameter(torch.ones(dim)),
+        )
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, middle), nn.GELU(), nn.Linear(middle, dim)),
+        )
         self.gamma2 = nn.Parameter(torch.ones(dim))
         self.drop = StochasticDepth(0.5, "row")
         self.norm, self.fc = nn.LayerNorm(dim), nn.Linear(dim, 4)
@@ -513,7 +531,9 @@ class Window(nn.Module):
         attn = (q * (C // self.num_heads) ** -0.5).matmul(k.transpose(-2, -1))
         bias = self.table[self.index].view(tokens, tokens, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
         attn = F.softmax(attn + bias, dim=-1)
-        x = F.linear(attn.matmul(v).transpose(1, 2).reshape(x.size(0), tokens, C), self.proj.weight, self.proj.bias)
+        x = F.linear(
+            attn.matmul(v).transpose(1, 2).reshape(x.size(0), tokens, C), self.proj.weight, self.proj.bias
+        )
         x = x.view(B, H // w, W // w, w, w, C).permute(0, 1, 3, 2, 4, 5).reshape(B, H, W, C)
         return torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
 
@@ -540,7 +560,9 @@ def test_shifted_windows(heads: int, width: int, window: int, shift: int, seed: 
     assert on(found["patch"], "producer") == {"patch", "attn.qkv", "attn.proj"}
 
 
-@pytest.mark.parametrize("kinds", [(ShiftedWindowAttention, PatchMerging), (ShiftedWindowAttentionV2, PatchMergingV2)])
+@pytest.mark.parametrize(
+    "kinds", [(ShiftedWindowAttention, PatchMerging), (ShiftedWindowAttentionV2, PatchMergingV2)]
+)
 @few
 @given(heads=st.integers(2, 3), width=widths, shift=st.integers(0, 1), seed=seeds)
 def test_windows_of_torchvision(kinds: Any, heads: int, width: int, shift: int, seed: int) -> None:
@@ -657,7 +679,12 @@ def test_transposed_convolutions(ndim: int, groups: int, a: int, b: int, seed: i
         act=nn.PReLU(groups * b),
         fc=nn.Linear(groups * b, 4),
     )
-    found = check(net, torch.randn(2, 3, *[4] * ndim), {"a": (groups * a, groups), "up": (groups * b, groups)}, seed=seed)
+    found = check(
+        net,
+        torch.randn(2, 3, *[4] * ndim),
+        {"a": (groups * a, groups), "up": (groups * b, groups)},
+        seed=seed,
+    )
     assert on(found["up"], "through") == {"bn", "act"}
 
 
@@ -727,7 +754,9 @@ class Bare(nn.Module):
 @few
 @given(a=widths, b=widths, seed=seeds)
 def test_own_parameters_in_functional_calls(a: int, b: int, seed: int) -> None:
-    groups = list(check(Bare(a, b), torch.randn(2, 3, 4, 4), {"": (a, 1), "layers": (b, 1)}, seed=seed).values())
+    groups = list(
+        check(Bare(a, b), torch.randn(2, 3, 4, 4), {"": (a, 1), "layers": (b, 1)}, seed=seed).values()
+    )
     assert on(groups[0], "producer") == {"weight"}
     assert on(groups[0], "through") == {"bias", "scale"}
     assert on(groups[0], "consumer") == {"layers.0"}
@@ -740,12 +769,21 @@ class Nested(nn.Module):
     def __init__(self, a: int, b: int) -> None:
         super().__init__()
         self.stems = nn.ModuleDict({"image": conv(3, a), "mask": conv(1, a, bias=False)})
-        self.blocks = nn.ModuleList([nn.ModuleList([conv(a, b), nn.BatchNorm2d(b)]), nn.ModuleList([conv(b, a)])])
-        self.act, self.fc, self.heads = nn.ReLU(), nn.Linear(a, 9), nn.ModuleList([nn.Linear(a, 2), nn.Linear(a, 4)])
+        self.blocks = nn.ModuleList(
+            [nn.ModuleList([conv(a, b), nn.BatchNorm2d(b)]), nn.ModuleList([conv(b, a)])]
+        )
+        self.act, self.fc, self.heads = (
+            nn.ReLU(),
+            nn.Linear(a, 9),
+            nn.ModuleList([nn.Linear(a, 2), nn.Linear(a, 4)]),
+        )
         self.fc = nn.Identity()
 
     def forward(self, images: dict[str, Tensor], scales: list[Tensor]) -> dict[str, Any]:
-        x = sum(self.stems[name](image) * scale for (name, image), scale in zip(images.items(), scales, strict=True))
+        x = sum(
+            self.stems[name](image) * scale
+            for (name, image), scale in zip(images.items(), scales, strict=True)
+        )
         for _ in range(2):
             y = x
             for layers in self.blocks:
@@ -823,7 +861,19 @@ def numel(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1]).view(x.size(0), x.numel() // x[:, 0].numel(), -1, x.size(3))
 
 
-IDIOMS = [zeros_of_sizes, ones_of_shape, zeros_like, in_place, preallocated, padded, stacked, expanded, looped, swapped, numel]
+IDIOMS = [
+    zeros_of_sizes,
+    ones_of_shape,
+    zeros_like,
+    in_place,
+    preallocated,
+    padded,
+    stacked,
+    expanded,
+    looped,
+    swapped,
+    numel,
+]
 
 
 @pytest.mark.parametrize("idiom", IDIOMS, ids=lambda f: f.__name__)

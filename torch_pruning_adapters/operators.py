@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,6 @@ class Operation:
         if len(given) != len(sizes) or any(g not in (-1, s) for g, s in zip(given, sizes, strict=True)):
             return [None] * len(sizes)
         return [None if int(g) == -1 else g for g in given]
-
-    def length(self, *values: int) -> Length | None:
-        """An integer that follows the widths among those that the caller gave, of one of these values."""
-        return next((g for g in self.integers if isinstance(g, Length) and int(g) in values), None)
 
 
 Rule = Callable[[Channels, Operation], None]
@@ -375,14 +371,11 @@ def _slice(channels: Channels, operation: Operation) -> None:
     length = tensor.shape[dim]
     begin, stop, step = slice(start, end, step).indices(length)
     block = channels.facts(tensor).at(dim % tensor.dim())
-    if (
-        block is not None
-        and (stop - begin, step) != (length, 1)
-        and not channels.is_rigid(block, dim % tensor.dim())
-    ):
-        _cut_in_parts(
-            channels, operation, block, dim % tensor.dim(), [begin, stop - begin, length - stop], step
-        )
+    if block is not None and (stop - begin, step) != (length, 1) and not channels.is_rigid(block, dim):
+        if step == 1:
+            _cut(channels, operation, block, dim, stop - begin, {begin, stop})
+        else:
+            channels.fix(block.numbers, "is cut at a fixed position")
     _moves(channels, operation)
 
 
@@ -393,44 +386,43 @@ def _split(channels: Channels, operation: Operation) -> None:
     block = channels.facts(tensor).at(dim)
     parts = [part.shape[dim] for part in operation.out]
     if block is not None and len(parts) > 1 and not channels.is_rigid(block, dim):
-        _cut_in_parts(channels, operation, block, dim, parts, 1)
+        if operation.op.overloadpacket is aten.split:
+            _cut(channels, operation, block, dim, parts[0], set())
+        else:
+            _cut_in_sizes(channels, operation, block, dim, parts)
     _moves(channels, operation)
 
 
-def _cut_in_parts(
-    channels: Channels, operation: Operation, block: Block, dim: int, parts: Sequence[int], step: int
+def _cut(
+    channels: Channels, operation: Operation, block: Block, dim: int, size: int, bounds: Collection[int]
 ) -> None:
-    """A dimension of channels is cut into parts: they must follow the widths, or the channels stay."""
+    """A part of so many entries is cut from a dimension: it must follow the widths, or the channels stay."""
     line = block.along(dim)
-    sizes = [p for p in parts if p]
-    ends = {int(e) for e in np.cumsum(parts)}
-    lengths = [g for g in operation.integers if isinstance(g, Length) and (int(g) in sizes or int(g) in ends)]
-    equal = len(set(sizes)) == 1 or operation.op.overloadpacket is aten.slice
-    size = parts[1] if operation.op.overloadpacket is aten.slice else sizes[0]
-    if step == 1 and operation.function in ("chunk", "tensor_split") and equal and line.shape[1] % size == 0:
+    lengths = [g for g in operation.integers if isinstance(g, Length) and int(g) in (size, *bounds)]
+    if operation.function in ("chunk", "tensor_split") and line.shape[1] % size == 0:
         for row in line:
             channels.split_in_blocks(row, line.shape[1] // size)
-    elif step != 1 or not lengths:
+    elif not lengths:
         channels.fix(block.numbers, "is cut at a fixed position")
-    elif operation.op.overloadpacket is aten.split_with_sizes:
-        first = 0
-        for part, given in zip(parts, operation.lengths(parts), strict=True):
-            if isinstance(given, Length):
-                channels.follow(line[:, first : first + part], given)
-            first += part
-    else:
-        _follow_bounds(channels, block, line, lengths)
-
-
-def _follow_bounds(channels: Channels, block: Block, line: np.ndarray, lengths: Sequence[Length]) -> None:
     for length in lengths:
-        n = int(length)
-        if length.attribute is not None:
-            channels.follow(line[:, :n], length)
-        elif length.channels is not None and line.shape[1] % n == 0:
+        first = line[:, : int(length)]
+        if length.channels is not None and line.shape[1] % int(length) == 0:
             for row in line:
-                channels.split_in_blocks(row, line.shape[1] // n)
-            channels.follow(line[:, :n], length)
+                channels.split_in_blocks(row, line.shape[1] // int(length))
+        channels.follow(first, length)
+
+
+def _cut_in_sizes(
+    channels: Channels, operation: Operation, block: Block, dim: int, parts: Sequence[int]
+) -> None:
+    """A dimension of channels is cut into parts of given sizes."""
+    lengths = operation.lengths(parts)
+    if not any(isinstance(length, Length) for length in lengths):
+        channels.fix(block.numbers, "is cut at a fixed position")
+    ends = np.cumsum(parts)
+    for part, end, length in zip(parts, ends, lengths, strict=True):
+        if isinstance(length, Length):
+            channels.follow(block.along(dim)[:, end - part : end], length)
 
 
 @rule(aten._weight_norm_interface)

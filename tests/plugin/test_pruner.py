@@ -648,9 +648,7 @@ class TestLifeCycle:
         model = torchvision.models.VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=5).eval()
         torch.nn.init.normal_(model.heads.head.weight)
         fresh, images = copy.deepcopy(model), torch.randn(2, 3, 32, 32)
-        pruner = uniform(
-            model, [{"op_types": ["Linear", "Conv2d"]}], budget=0.5, example_inputs=images[:1]
-        )
+        pruner = uniform(model, [{"op_types": ["Linear", "Conv2d"]}], budget=0.5, example_inputs=images[:1])
         pruner.compress()
         small = pruner.export(tmp_path / "out")
         assert pruner.flops(pruner.widths) <= pruner.flops.full / 2
