@@ -10,7 +10,7 @@ of a grouped convolution, one in each head). Operators (`operators.py`) and hand
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -238,6 +238,12 @@ class Channels:
     def fix(self, numbers: np.ndarray, reason: str) -> None:
         """These channels cannot be cut."""
         self.frozen.append((np.unique(numbers), reason))
+
+    def fix_all(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """None of the channels on these tensors can be cut."""
+        for tensor in tensors:
+            for block in self.facts(tensor).blocks:
+                self.fix(block.numbers, reason)
 
     def produced(self, numbers: np.ndarray) -> None:
         self._produced[numbers] = True

@@ -100,9 +100,7 @@ def _from_input(channels: Channels, tensors: Sequence[Tensor]) -> bool:
 def _unknown(channels: Channels, operation: Operation) -> None:
     """An operator without a rule: what it reads cannot be cut."""
     tensors = _inputs(operation)
-    for tensor in tensors:
-        for block in channels.facts(tensor).blocks:
-            channels.fix(block.numbers, f"is read by {operation.op.overloadpacket}, which is not followed")
+    channels.fix_all(tensors, f"is read by {operation.op.overloadpacket}, which is not followed")
     for tensor in _tensors(operation.out):
         channels.learn(tensor, Facts([], _from_input(channels, tensors)))
 

@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,6 +110,7 @@ def _follow(model: nn.Module, example_inputs: Inputs, channels: Channels) -> lis
         operations = _Operators(channels)
         stack.enter_context(_modules_followed(model, channels))
         stack.enter_context(_handled(model, channels, operations))
+        stack.enter_context(_scripts_frozen(model, channels, operations))
         stack.enter_context(_functions_open())
         stack.enter_context(_unfused_attention())
         stack.enter_context(operations)
@@ -167,6 +169,8 @@ class _Shapes(TorchFunctionMode):
             out = function(*args, **kwargs)
         finally:
             operations.function, operations.integers = outer
+        if function in _LEAVING:
+            self.channels.fix_all(args[:1], f"leaves PyTorch through {function.__name__}()")
         if function == Tensor.numel:
             return math.prod(self._length(args[0], d, n) for d, n in enumerate(args[0].shape))
         if function == _SHAPE or function == Tensor.size:
@@ -183,6 +187,7 @@ class _Shapes(TorchFunctionMode):
         return Length(value, block.along(dim)[0])
 
 
+_LEAVING = (Tensor.numpy, Tensor.tolist)
 _SHAPE = Tensor.shape.__get__  # type: ignore[attr-defined]
 
 
@@ -268,7 +273,33 @@ def _modules_followed(model: nn.Module, channels: Channels) -> Iterator[None]:
         handles.append(module.register_forward_hook(leave))
 
     for name, module in model.named_modules():
-        follow(name, module)
+        if not isinstance(module, torch.jit.ScriptModule):
+            follow(name, module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _scripts_frozen(model: nn.Module, channels: Channels, operations: _Operators) -> Iterator[None]:
+    """Runs scripted modules, whose sizes cannot be followed, unseen: what they read cannot be cut."""
+    scripts = {m: name for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        if module in scripts:
+            channels.fix_all(tensors_in(inputs), f"is read by {scripts[module]!r}, which is scripted")
+            operations.paused += 1
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module in scripts:
+            operations.paused -= 1
+            from_input = any(channels.facts(t).from_input for t in tensors_in(inputs))
+            for tensor in tensors_in(output):
+                channels.learn(tensor, Facts([], from_input))
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)] if scripts else []
     try:
         yield
     finally:
