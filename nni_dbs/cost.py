@@ -19,7 +19,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -39,7 +38,7 @@ from torch_pruning_adapters import (
     removed_blocks,
     shrink,
 )
-from torch_pruning_adapters.calls import Inputs, preserved
+from torch_pruning_adapters.calls import Inputs, preserved, unfused_attention
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.group import Member, Product, lies_in
 
@@ -419,7 +418,7 @@ def count_by_module(model: nn.Module, example_inputs: Inputs) -> dict[str, int]:
     else:
         prefix = ""
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    with preserved(model), _unfused_attention(), warnings.catch_warnings(), torch.no_grad():
+    with preserved(model), unfused_attention(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch.jit announces its retirement
         model.eval()
         analysis = FlopCountAnalysis(model, inputs)
@@ -448,17 +447,6 @@ class _Positional(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.model(**dict(zip(self.names, inputs, strict=True)))
-
-
-@contextmanager
-def _unfused_attention() -> Any:
-    """Keeps `nn.MultiheadAttention` off its fused kernel, which fvcore does not see into."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _nothing(inputs: list[Any], outputs: list[Any]) -> int:

@@ -34,6 +34,7 @@ from torch_pruning_adapters import (
     prefix_order,
     removed_blocks,
 )
+from torch_pruning_adapters.calls import unfused_attention
 from torch_pruning_adapters.errors import nearest
 from torch_pruning_adapters.importance import Order, check_orders
 from torch_pruning_adapters.surgery import (
@@ -619,7 +620,8 @@ def running(model: nn.Module, forwards: Mapping[nn.Module, Replacement]) -> Iter
     try:
         inner.install()
         _RUNNING[model] = inner
-        yield
+        with unfused_attention():
+            yield
     finally:
         inner.remove()
         _RUNNING.pop(model, None)

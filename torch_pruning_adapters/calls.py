@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -60,3 +61,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 del module._forward_hooks[hook]
         for parameter, requires_grad in grads.items():
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Keeps PyTorch's attention and its encoder layer off their fused kernels, which run no submodules."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

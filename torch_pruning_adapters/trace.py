@@ -13,6 +13,7 @@ compare the groups with its own where it has them.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,13 +28,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_pruning_adapters import operators
-from torch_pruning_adapters.calls import Inputs, call, map_tensors, preserved, tensors_in
+from torch_pruning_adapters.calls import Inputs, call, map_tensors, preserved, tensors_in, unfused_attention
 from torch_pruning_adapters.channels import OUTPUT, Channels, Facts
 from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.lengths import Length
 
 Handler = Callable[[Any, tuple[Any, ...], Any, Channels], None]
-"""Called with the module, its positional inputs, its output and the channels, after the module ran."""
+"""Called after a module ran: with it, its inputs in the order of its signature, its output, the channels."""
 
 _HANDLERS: dict[type[nn.Module], Handler] = {}
 
@@ -112,7 +113,7 @@ def _follow(model: nn.Module, example_inputs: Inputs, channels: Channels) -> lis
         stack.enter_context(_handled(model, channels, operations))
         stack.enter_context(_scripts_frozen(model, channels, operations))
         stack.enter_context(_functions_open())
-        stack.enter_context(_unfused_attention())
+        stack.enter_context(unfused_attention())
         stack.enter_context(operations)
         stack.enter_context(_Shapes(channels, operations))
         try:
@@ -219,17 +220,6 @@ def _functions_open() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _unfused_attention() -> Iterator[None]:
-    """Keeps `nn.MultiheadAttention` off its fused kernel, which is one operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
 _LAYERS = (_ConvNd, nn.Linear, nn.Embedding, nn.PReLU, *operators.NORMS)
 
 
@@ -299,7 +289,9 @@ def _scripts_frozen(model: nn.Module, channels: Channels, operations: _Operators
             for tensor in tensors_in(output):
                 channels.learn(tensor, Facts([], from_input))
 
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)] if scripts else []
+    handles = (
+        [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)] if scripts else []
+    )
     try:
         yield
     finally:
@@ -311,17 +303,17 @@ def _scripts_frozen(model: nn.Module, channels: Channels, operations: _Operators
 def _handled(model: nn.Module, channels: Channels, operations: _Operators) -> Iterator[None]:
     """Runs modules that have a handler unseen, and calls it."""
     with ExitStack() as stack:
-        for module in model.modules():
+        for name, module in model.named_modules():
             handler = next((_HANDLERS[kind] for kind in type(module).__mro__ if kind in _HANDLERS), None)
             if handler is not None:
                 stack.enter_context(
-                    mock.patch.object(module, "forward", _unseen(module, handler, channels, operations))
+                    mock.patch.object(module, "forward", _unseen(name, module, handler, channels, operations))
                 )
         yield
 
 
 def _unseen(
-    module: nn.Module, handler: Handler, channels: Channels, operations: _Operators
+    name: str, module: nn.Module, handler: Handler, channels: Channels, operations: _Operators
 ) -> Callable[..., Any]:
     forward = module.forward
 
@@ -329,13 +321,29 @@ def _unseen(
         operations.paused += 1
         try:
             output = forward(*args, **kwargs)
-            inputs = (*args, *kwargs.values())
+            inputs = _positional(forward, args, kwargs)
             from_input = any(channels.facts(t).from_input for t in tensors_in(inputs))
             for tensor in tensors_in(output):
                 channels.learn(tensor, Facts([], from_input))
-            handler(module, inputs, output, channels)
+            try:
+                handler(module, inputs, output, channels)
+            except Exception as error:
+                kind = type(module).__name__
+                raise UnsupportedModelError(
+                    f"the handler of {name!r} ({kind}) fails: {type(error).__name__}: {error}"
+                ) from error
         finally:
             operations.paused -= 1
         return output
 
     return run
+
+
+def _positional(forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The inputs in the order of the signature, however they were given."""
+    try:
+        bound = inspect.signature(forward).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # has no signature
+        return (*args, *kwargs.values())
+    bound.apply_defaults()
+    return (*bound.args, *bound.kwargs.values())
