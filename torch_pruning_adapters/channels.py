@@ -134,6 +134,7 @@ class Channels:
         self._axis_of = np.zeros(0, dtype=np.int64)
         self._facts: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._names: dict[int, list[tuple[str, str]]] = {}
+        self._modules = {module: name for name, module in model.named_modules()}
         for layer, module in model.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
@@ -183,7 +184,7 @@ class Channels:
         """The module's integer attribute is the number of these channels."""
         block = self._on(place)
         if block is not None:
-            name = next(n for n, m in self.stack if m is module)
+            name = self._modules[module]
             line = self._line(block, place[1] % place[0].dim())
             self.sizes.append(SizeAxis(name, attribute, name, line))
 
@@ -367,6 +368,8 @@ class Channels:
 
     def _put(self, place: Place, numbers: np.ndarray) -> None:
         tensor, dim = place
+        if len(numbers) != tensor.shape[dim]:
+            raise ValueError(f"{len(numbers)} channels do not fit a dimension of {tensor.shape[dim]} entries")
         self.facts(tensor).blocks.append(Block((dim % tensor.dim(),), numbers))
 
     def _pair(self, places: Sequence[Place], join: object) -> None:
@@ -377,5 +380,9 @@ class Channels:
                 np.full((1, tensor.shape[dim]), FIXED) if block is None else block.along(dim % tensor.dim())
             )
         for line in lines[1:]:
+            if line.shape[1] != lines[0].shape[1]:
+                raise ValueError(
+                    f"channels are paired on dimensions of {lines[0].shape[1]} and {line.shape[1]} entries"
+                )
             for row in line:
                 join(lines[0], row)  # type: ignore[operator]
