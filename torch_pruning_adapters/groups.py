@@ -216,6 +216,8 @@ def _read_groups(channels: Channels, model: nn.Module) -> list[ChannelGroup]:
         entries = {int(i): np.flatnonzero(np.isin(units[i], members)) for i in on}
         group = _read_group(channels, axes, lines, entries, root, reason)
         group = _with_statistics(group, axes, mixing, np.array(members), len(entries[root]))
+        if group.frozen is None and not consumers and all(m.kind != "statistics" for m in group.members):
+            group = dataclasses.replace(group, frozen="nothing that is followed reads it")
         group = dataclasses.replace(group, products=_products(channels, len(axes), entries))
         found.append((rank[axes[root].layer], entries[root][0], group))
     found.sort(key=lambda f: f[:2])
