@@ -14,6 +14,7 @@ import torch
 import yaml
 from helpers import CASES, Case, Net, assert_same_outputs, conv, head, random_order, random_widths, zeroed
 from torch import Tensor, nn
+from torch.utils.dlpack import to_dlpack
 from torchvision.models import get_model
 
 from torch_pruning_adapters import (
@@ -309,7 +310,7 @@ def only_of_one_width(net: Net, x: Tensor) -> Tensor:
 
 def first_channel(net: Net, x: Tensor) -> Tensor:
     x = net.a(x).relu()
-    return head(net, net.b(x * x.detach().cpu().numpy().sum()).relu())
+    return head(net, net.b(x * torch.from_dlpack(to_dlpack(x.detach())).sum()).relu())
 
 
 @pytest.mark.parametrize(
