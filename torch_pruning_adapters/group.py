@@ -112,8 +112,8 @@ class ChannelGroup:
     """Channels that must be cut together, over all the layers that they touch.
 
     Attributes:
-        name: Dotted name of the first producer in the model's order; `name[a:b]` where the layer's
-            channels fall into several groups.
+        name: Dotted name of the first producer in the model's order, and of its parameter where it has
+            several that produce; `name[a:b]` where the producer's channels fall into several groups.
         size: Number of channels.
         step: A width must be a multiple of it (grouped convolutions keep equally many in each group,
         attention

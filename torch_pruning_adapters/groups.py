@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -330,14 +331,14 @@ def _products(channels: Channels, offset: int, entries: Mapping[int, np.ndarray]
 
 
 def _with_names(groups: list[ChannelGroup]) -> list[ChannelGroup]:
-    """Names each group after its root; `name[a:b]` where the root's channels fall into several groups."""
-    taken: dict[str, int] = {}
-    for g in groups:
-        taken[g.name] = taken.get(g.name, 0) + 1
+    """Names each group after its root: the layer, its tensor if several of them are roots, its channels."""
+    roots = [(g.name, g.producers[0].tensors[0][0]) for g in groups]
+    layers, tensors = Counter(layer for layer, _ in set(roots)), Counter(roots)
     named = []
-    for g in groups:
-        if taken[g.name] > 1:
+    for g, (layer, tensor) in zip(groups, roots, strict=True):
+        name = layer if layer and layers[layer] == 1 else f"{layer}.{tensor}".lstrip(".")
+        if tensors[layer, tensor] > 1:
             start = g.producers[0].spans[0].start
-            g = dataclasses.replace(g, name=f"{g.name}[{start}:{start + g.size}]")
-        named.append(g)
+            name = f"{name}[{start}:{start + g.size}]"
+        named.append(dataclasses.replace(g, name=name))
     return named
