@@ -36,3 +36,36 @@ def test_one_filter_for_each_group_is_not_depthwise() -> None:
     groups = {g.name: g for g in find_channel_groups(net, torch.randn(1, 3, 8, 8))}
     assert (groups["a"].size, groups["a"].step, groups["a"].frozen) == (8, 2, None)
     assert groups["g"].frozen == "its 2 channels can only be cut together"
+
+
+def test_an_attribute_ties_what_it_counts() -> None:
+    """Queries, keys and values are reshaped by one attribute; values would be free otherwise."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = 3
+            self.q, self.k, self.v = (nn.Linear(4, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (
+                layer(x).view(*x.shape[:2], -1, self.size).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    net = nn.Sequential(Attention(), nn.Linear(6, 5))
+    assert found(net, torch.randn(2, 7, 4)) == {"0.q": (6, 2)}
+
+
+def test_a_shuffle_by_hand() -> None:
+    """Shuffled channels are as many as before, whichever are cut: that ties nothing."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        x = net.a(x).relu()
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return head(net, net.g(x))
+
+    net = Net(forward, a=conv(3, 8), g=conv(8, 6, groups=2), fc=nn.Linear(6, 5))
+    assert found(net, torch.randn(1, 3, 8, 8)) == {"a": (8, 4), "g": (6, 2)}

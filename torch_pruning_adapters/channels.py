@@ -186,7 +186,7 @@ class Channels:
         if block is not None:
             name = self._modules[module]
             line = self._line(block, place[1] % place[0].dim())
-            self.sizes.append(SizeAxis(name, attribute, name, line))
+            self._count(SizeAxis(name, attribute, name, line))
 
     def freeze(self, place: Place, reason: str) -> None:
         """The channels on this dimension stay, for this reason."""
@@ -303,11 +303,11 @@ class Channels:
         """The line of channels (R, n) is as long as `length` says: ties them to what that counts."""
         n = numbers.shape[1]
         if length.attribute is not None:
-            self.sizes.append(SizeAxis(*length.attribute, self.module, numbers[0]))
+            self._count(SizeAxis(*length.attribute, self.module, numbers[0]))
         if length.channels is None or length.ratio * len(length.channels) != n:
             return
         counted = length.channels
-        if self._keep_pace(numbers, counted):
+        if self._in_proportion(numbers, counted):
             return
         if len(counted) % n == 0:
             parts = counted.reshape(-1, n)  # (k, n)
@@ -318,14 +318,24 @@ class Channels:
         elif n % len(counted) == 0:
             self.cut_together(numbers.reshape(len(numbers), -1, len(counted)), counted)
 
-    def _keep_pace(self, numbers: np.ndarray, counted: np.ndarray) -> bool:
-        """Whether each line (R, n) loses as large a part as `counted` does, in any order or repeated."""
-        n, m = numbers.shape[1], len(counted)
-        common = math.lcm(n, m)
-        lines = np.sort(self.unit(numbers), axis=1).repeat(common // n, axis=1)
-        return bool((lines == np.sort(self.unit(counted)).repeat(common // m)).all())
-
     # --- inside -------------------------------------------------------------------------------------
+
+    def _count(self, size: SizeAxis) -> None:
+        """Notes what an attribute counts: it has one value, so all that it counts is cut together."""
+        for known in self.sizes:
+            if (known.module, known.attribute) == (size.module, size.attribute):
+                if not self._in_proportion(size.numbers[None], known.numbers):
+                    self.cut_together(size.numbers, known.numbers)
+                break
+        self.sizes.append(size)
+
+    def _in_proportion(self, numbers: np.ndarray, counted: np.ndarray) -> bool:
+        """Whether every cut takes the same share of each line (R, n) and of what is counted (m,)."""
+        rows, n = numbers.shape
+        common = math.gcd(n, len(counted))
+        lines = [np.tile(numbers, len(counted) // common), np.tile(counted, (rows, n // common))]
+        mine, its = (np.sort(self.unit(line)) for line in lines)
+        return bool((mine == its).all())
 
     def _new(self, count: int, axis: int = -1) -> np.ndarray:
         self._same.grow(count)
