@@ -69,3 +69,26 @@ def test_a_shuffle_by_hand() -> None:
 
     net = Net(forward, a=conv(3, 8), g=conv(8, 6, groups=2), fc=nn.Linear(6, 5))
     assert found(net, torch.randn(1, 3, 8, 8)) == {"a": (8, 4), "g": (6, 2)}
+
+
+def test_the_operator_shuffles_parts_that_keep_the_same_positions() -> None:
+    def forward(net: Net, x: Tensor) -> Tensor:
+        return head(net, net.g(torch.channel_shuffle(net.a(x).relu(), 2)))
+
+    net = Net(forward, a=conv(3, 8), g=conv(8, 6, groups=2), fc=nn.Linear(6, 5))
+    assert found(net, torch.randn(1, 3, 8, 8)) == {"a": (8, 4), "g": (6, 2)}
+
+
+def test_pixel_shuffle_ties_the_channels_of_a_place() -> None:
+    """Also where nothing else asks for it: a mean over all places would take any channels."""
+    net = Net(lambda net, x: head(net, F.pixel_shuffle(net.a(x), 2)), a=conv(3, 16), fc=nn.Linear(4, 5))
+    assert found(net, torch.randn(1, 3, 8, 8)) == {"a": (4, 1)}
+
+
+def test_rolled_channels_stay() -> None:
+    def rolled(dim: int) -> str | None:
+        net = Net(lambda net, x: head(net, net.a(x).relu().roll(1, dim)), a=conv(3, 4), fc=nn.Linear(4, 5))
+        return find_channel_groups(net, torch.randn(1, 3, 8, 8), verify=False)[0].frozen
+
+    assert rolled(2) is None
+    assert rolled(1) == "is moved by a fixed distance"

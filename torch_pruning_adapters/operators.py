@@ -201,13 +201,7 @@ def _joint(a: Block, b: Block, ndim: int) -> Block:
     aten.t,
     aten.unsqueeze,
     aten.squeeze,
-    aten.roll,
     aten.flip,
-    aten.pixel_shuffle,
-    aten.pixel_unshuffle,
-    aten.channel_shuffle,
-    aten.diagonal,
-    aten.unfold,
     aten.rot90,
 )
 def _moves(channels: Channels, operation: Operation) -> None:
@@ -224,6 +218,40 @@ def _moves(channels: Channels, operation: Operation) -> None:
     from_input = _from_input(channels, _inputs(operation))  # indices may depend on it
     for out, found in zip(outs, blocks, strict=True):
         channels.learn(out, Facts(_disjoint(channels, found, out.dim()), from_input))
+
+
+@rule(aten.channel_shuffle, aten.native_channel_shuffle)
+def _channel_shuffle(channels: Channels, operation: Operation) -> None:
+    """Deals channels from equal parts, each of which keeps the same positions."""
+    block = channels.facts(operation.args[0]).at(1)
+    if block is not None:
+        for line in block.along(1):
+            channels.split_in_blocks(line, operation.args[1])
+    _moves(channels, operation)
+
+
+@rule(aten.pixel_shuffle, aten.pixel_unshuffle)
+def _pixel_shuffle(channels: Channels, operation: Operation) -> None:
+    """Between channels and places: the channels that become the places of one are cut together."""
+    tensor, out = operation.args[0], operation.out
+    _pin(channels, tensor, [tensor.dim() - 2, tensor.dim() - 1], "becomes other channels")
+    _moves(channels, operation)
+    for block in channels.facts(out).blocks:
+        for d in {out.dim() - 2, out.dim() - 1} & {*block.dims}:
+            channels.stiffen(block, d)
+
+
+@rule(aten.roll, aten.unfold, aten.diagonal)
+def _shifts(channels: Channels, operation: Operation) -> None:
+    """Moves entries by fixed distances: those of channels must then stay where they are."""
+    tensor, args = operation.args[0], operation.args[1:]
+    op = operation.op.overloadpacket
+    if op is aten.roll:
+        dims = args[1] if len(args) > 1 and args[1] else range(tensor.dim())
+    else:
+        dims = args[:1] if op is aten.unfold else (*args[1:], *(0, 1)[len(args[1:]) :])
+    _pin(channels, tensor, [d % tensor.dim() for d in dims], "is moved by a fixed distance")
+    _moves(channels, operation)
 
 
 def _compressed(numbers: Tensor) -> list[Block]:
