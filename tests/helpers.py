@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from nni_dbs import Budget, FlopsCost, ParamsCost, WidthSpace
 from nni_dbs.cost import Bounds
 from torch_pruning_adapters import ChannelGroup, find_channel_groups
+from torch_pruning_adapters.calls import Inputs, call, tensors_in
+from torch_pruning_adapters.group import Member
 
 Forward = Callable[[Any, Tensor], Any]
 
@@ -87,13 +89,9 @@ def zeroed(
         for g in groups:
             dropped = set(order[g.name][widths.get(g.name, g.size) :])
             for member in g.consumers:
-                layer = full.get_submodule(member.layer)
                 for entry, channel in entries(member):
-                    if channel in dropped and member.kind == "parameter":
-                        ((name, dim),) = member.tensors
-                        getattr(layer, name).index_fill_(dim, torch.tensor(entry), 0)
-                    elif channel in dropped:
-                        _zero_input(layer, entry)
+                    if channel in dropped:
+                        _zero_input(full.get_submodule(member.layer), member, entry)
     return full
 
 
@@ -107,26 +105,38 @@ def entries(member: Any) -> list[tuple[int, int]]:
     ]
 
 
-def _zero_input(layer: nn.Module, entry: int) -> None:
-    if isinstance(layer, nn.Linear):
-        layer.weight[:, entry] = 0
+def _zero_input(layer: nn.Module, member: Member, entry: int) -> None:
+    ((name, dim),) = member.tensors
+    weight = getattr(layer, name)
+    if not member.per_block:
+        weight.select(dim, entry).zero_()
         return
-    if layer.transposed:
-        layer.weight[entry] = 0
-        return
-    columns = layer.in_channels // layer.groups
-    rows = layer.out_channels // layer.groups
+    columns, rows = member.size // member.blocks, len(weight) // member.blocks
     block = entry // columns
-    layer.weight[block * rows : (block + 1) * rows, entry % columns] = 0
+    weight[block * rows : (block + 1) * rows, entry % columns] = 0
 
 
-def assert_same_outputs(a: nn.Module, b: nn.Module, x: Tensor) -> None:
-    """Up to rounding in double precision, and not because everything is zero."""
+def mixes_channels(group: ChannelGroup) -> bool:
+    """Whether a norm's statistics, or the scores of attention, run over the group's channels."""
+    return any(m.kind in ("layernorm", "groupnorm", "statistics") for m in group.members)
+
+
+def outputs(model: Callable[..., Any], x: Inputs) -> list[Tensor]:
+    """All tensors that the model gives."""
     with torch.no_grad():
-        ya, yb = a(x), b(x)
-    for u, v in zip(*((y if isinstance(y, tuple) else (y,)) for y in (ya, yb)), strict=True):
-        assert v.abs().max() > 1e-12
-        torch.testing.assert_close(u, v, rtol=1e-9, atol=1e-9 * float(v.abs().max()))
+        return tensors_in(call(model, x))  # type: ignore[arg-type]
+
+
+def assert_same_outputs(a: Callable[..., Any], b: Callable[..., Any], x: Inputs) -> None:
+    """Up to rounding in double precision, and not because everything is zero."""
+    for u, v in zip(outputs(a, x), outputs(b, x), strict=True):
+        assert_close(u, v)
+
+
+def assert_close(u: Tensor, v: Tensor) -> None:
+    """Up to rounding in double precision, and not because everything is zero."""
+    assert v.abs().max() > 1e-12
+    torch.testing.assert_close(u, v, rtol=1e-9, atol=1e-9 * float(v.abs().max()))
 
 
 def count_parameters(model: nn.Module) -> int:
