@@ -760,7 +760,7 @@ class Bare(nn.Module):
 @given(a=widths, b=widths, seed=seeds)
 def test_own_parameters_in_functional_calls(a: int, b: int, seed: int) -> None:
     groups = list(
-        check(Bare(a, b), torch.randn(2, 3, 4, 4), {"": (a, 1), "layers": (b, 1)}, seed=seed).values()
+        check(Bare(a, b), torch.randn(2, 3, 4, 4), {"weight": (a, 1), "layers": (b, 1)}, seed=seed).values()
     )
     assert on(groups[0], "producer") == {"weight"}
     assert on(groups[0], "through") == {"bias", "scale"}

@@ -92,3 +92,21 @@ def test_rolled_channels_stay() -> None:
 
     assert rolled(2) is None
     assert rolled(1) == "is moved by a fixed distance"
+
+
+class InParts(nn.Module):
+    """As many parts as each of them has channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.parts, self.b = nn.Conv2d(3, 4, 1), 2, nn.Conv2d(2, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.a(x).chunk(self.parts, 1)
+        return self.b(u) + self.b(v)
+
+
+def test_the_number_of_parts_is_not_their_size() -> None:
+    (group,) = find_channel_groups(InParts(), torch.zeros(1, 3, 4, 4), verify=False)
+    assert group.frozen is None
+    assert not any(m.attribute for m in group.members)

@@ -424,11 +424,13 @@ def _cut(
 ) -> None:
     """A part of so many entries is cut from a dimension: it must follow the widths, or the channels stay."""
     line = block.along(dim)
+    into_parts = operation.function in ("chunk", "tensor_split")  # their integers count parts, not entries
     lengths = [g for g in operation.integers if isinstance(g, Length) and int(g) in (size, *bounds)]
-    if operation.function in ("chunk", "tensor_split") and line.shape[1] % size == 0:
+    if into_parts and line.shape[1] % size == 0:
         for row in line:
             channels.split_in_blocks(row, line.shape[1] // size)
-    elif not lengths:
+        return
+    if into_parts or not lengths:
         channels.fix(block.numbers, "is cut at a fixed position")
     for length in lengths:
         first = line[:, : int(length)]
