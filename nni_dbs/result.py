@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
 from nni_dbs.cost import Bounds, Cost
 from nni_dbs.errors import ResultError
@@ -263,7 +264,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ResultError: The file is missing, damaged, or of another model.
     """
     try:
-        load_model(model, str(path))
+        _load(model, load_file(str(path)))
     except FileNotFoundError as error:
         raise ResultError(f"{path} is missing; save the weights again") from error
     except (SafetensorError, OSError) as error:
@@ -271,6 +272,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ResultError(f"{path} does not fit this model: {reason[:300]}") from error
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of what `save_model` wrote: one name for each tensor, and no versions of modules.
+
+    MNASNet refuses a state without its version.
+    """
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, str] = {id(tensor): name for name, tensor in own.items() if name in tensors}
+    shared = {name: names.get(id(tensor), name) for name, tensor in own.items()}
+    state = OrderedDict(tensors)
+    state.update({name: tensors[known] for name, known in shared.items() if known in tensors})
+    state._metadata = own._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state)
 
 
 def _read_mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torchvision.models import get_model
 
 from nni_dbs.errors import ModelError, ResultError
 from nni_dbs.files import write
@@ -354,3 +355,14 @@ def test_other_damaged_lines_are_told_and_left(tmp_path: Path, damaged: str) -> 
     with pytest.raises(ResultError, match=r"search.jsonl is damaged .*; delete it to evaluate again"):
         load_search(path)
     assert path.read_text() == f"{damaged}\n{TEXT}"
+
+
+def test_modules_that_want_their_version(tmp_path: Path) -> None:
+    """MNASNet refuses a state that does not say its version, and safetensors keeps none."""
+    model = get_model("mnasnet0_5", weights=None, num_classes=5).eval()
+    space = WidthSpace.from_model(model, torch.zeros(1, 3, 32, 32), divisor=1)
+    widths, order = space.uniform(0.5), channel_order(model, space.groups)
+    small = shrink(model, space.groups, widths, order)
+    save_pruned(tmp_path, small, space.groups, widths, order, make_result(widths))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_pruned(tmp_path, model)(images), small(images))

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_structure
 
@@ -33,6 +33,7 @@ from examples.benchmarks.torchvision_models import (
 )
 from nni_dbs import Budget, FlopsCost, Widths, WidthSpace, project
 from nni_dbs.cost import count_flops
+from nni_dbs.result import load_weights
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import ChannelGroup, find_channel_groups, shrink
 from torch_pruning_adapters.calls import Inputs, tensors_in
@@ -224,8 +225,10 @@ def check_flops(pruned: Pruned) -> None:
 def check_reload(pruned: Pruned) -> None:
     fresh = comparable(pruned.name, build(pruned.name))
     again = shrink(fresh, pruned.supernet.groups, pruned.widths, pruned.supernet.order)
-    state = {key: tensor.contiguous() for key, tensor in pruned.small.state_dict().items()}
-    again.load_state_dict(safetensors.torch.load(safetensors.torch.save(state)))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "weights.safetensors"
+        save_model(pruned.small, str(path))
+        load_weights(again, path)
     found, expected = (tensors_in(outputs_of(net, pruned.inputs)) for net in (again, pruned.small))
     require(all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "other outputs")
 
