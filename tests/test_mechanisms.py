@@ -716,10 +716,11 @@ class Tokens(nn.Module):
 def test_tied_embeddings(dim: int, middle: int, seed: int) -> None:
     model = Tokens(dim, middle)
     randomised(model)
-    found = check(model, [torch.randint(7, (2, 5))], {"up": (middle, 1), "down": (dim, 1)}, seed=seed)
-    assert on(found["down"], "through") == {"token", "place"}
-    assert on(found["down"], "consumer") == {"up", "out"}
-    small = shrink(model, found.values(), {"down": dim - 1})
+    found = check(model, [torch.randint(7, (2, 5))], {"place": (dim, 1), "up": (middle, 1)}, seed=seed)
+    assert on(found["place"], "producer") == {"place", "down"}
+    assert on(found["place"], "through") == {"token"}
+    assert on(found["place"], "consumer") == {"up", "out"}
+    small = shrink(model, found.values(), {"place": dim - 1})
     assert small.out.weight is small.token.weight
 
 

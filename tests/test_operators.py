@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from helpers import Net, conv, head
 from torch import Tensor, nn
 
-from torch_pruning_adapters import find_channel_groups
+from nni_dbs.supernet import Supernet
+from torch_pruning_adapters import find_channel_groups, shrink
 
 
 def found(net: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
@@ -110,3 +111,42 @@ def test_the_number_of_parts_is_not_their_size() -> None:
     (group,) = find_channel_groups(InParts(), torch.zeros(1, 3, 4, 4), verify=False)
     assert group.frozen is None
     assert not any(m.attribute for m in group.members)
+
+
+class ReadTwice(nn.Module):
+    """One integer of the model, read by the model itself and by a child that has no integer of its own."""
+
+    class Child(nn.Module):
+        def forward(self, x: Tensor, outer: list[nn.Module]) -> Tensor:
+            return x.view(len(x), outer[0].width, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.width, self.b = nn.Conv2d(3, 8, 1), 8, nn.Conv2d(8, 5, 1)
+        self.child = self.Child()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = self.child(x.view(len(x), self.width, 16), [self])
+        return self.b(x)
+
+
+def test_an_integer_that_two_modules_read_is_set_around_both() -> None:
+    net, x = ReadTwice(), torch.randn(2, 3, 4, 4)
+    groups = find_channel_groups(net, x)
+    assert {g.name: g.frozen for g in groups} == {"a": None}
+    small = shrink(net, groups, {"a": 3})
+    assert small.width == 3
+    supernet = Supernet(net, groups)
+    with supernet.at({"a": 3}):
+        torch.testing.assert_close(net(x), small(x))
+
+
+def test_an_embedding_computes_channels() -> None:
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 3))
+    tokens = torch.arange(6).reshape(2, 3)
+    (group,) = find_channel_groups(net, tokens)
+    assert (group.name, group.size, group.frozen) == ("0", 8, None)
+    small = shrink(net, [group], {"0": 3})
+    assert small[0].embedding_dim == small[1].in_features == 3
+    assert small(tokens).shape == (2, 3, 3)

@@ -98,12 +98,14 @@ def _axes(channels: Channels, model: nn.Module) -> list[_Axis]:
             axes += _tensor_axes(channels, layer, modules[layer], tensor, axis, reader)
             if isinstance(modules[layer], ParametrizationList):
                 channels.fix(axis.numbers, f"{layer.split('.parametrizations')[0]!r} is parametrized")
+    sizes: dict[tuple[str, str], list[SizeAxis]] = {}  # an attribute may be read often, and in several places
     for size in (*channels.sizes, *_attention_sizes(channels, modules)):
-        reader = None if size.reader == size.module else _common({size.reader, size.module})
-        axes.append(
-            _Axis(size.module, "through", "size", size.numbers, attribute=size.attribute, reader=reader)
-        )
-    return _without_repetition(axes)
+        sizes.setdefault((size.module, size.attribute), []).append(size)
+    for (layer, attribute), read in sizes.items():
+        readers = {size.reader for size in read}
+        reader = None if readers == {layer} else _common(readers | {layer})
+        axes.append(_Axis(layer, "through", "size", read[0].numbers, attribute=attribute, reader=reader))
+    return axes
 
 
 def _attention_sizes(channels: Channels, modules: Mapping[str, nn.Module]) -> Iterator[SizeAxis]:
@@ -120,11 +122,6 @@ def _attention_sizes(channels: Channels, modules: Mapping[str, nn.Module]) -> It
             attribute = {"k_proj_weight": "kdim", "v_proj_weight": "vdim"}.get(tensor)
             if attribute and axis.dim == 1 and isinstance(modules[layer], nn.MultiheadAttention):
                 yield SizeAxis(layer, attribute, layer, axis.numbers)
-
-
-def _without_repetition(axes: Iterable[_Axis]) -> list[_Axis]:
-    """An attribute is set once, however often the forward pass read it."""
-    return list({(a.layer, a.role, a.tensors, a.attribute): a for a in axes}.values())
 
 
 def _common(names: Iterable[str]) -> str:
@@ -148,6 +145,7 @@ def _tensor_axes(
 ) -> list[_Axis]:
     """What a dimension of a parameter or buffer is to its layer."""
     dim, numbers = axis.dim, axis.numbers
+    role: Role
     if layer in channels.passed:
         return []
     if isinstance(module, (_ConvNd, nn.Linear)) and tensor in ("weight", "bias"):
@@ -162,10 +160,11 @@ def _tensor_axes(
         computes = dim == (1 if getattr(module, "transposed", False) else 0)
         kind, blocks = ("conv", module.groups) if isinstance(module, _ConvNd) else ("linear", 1)
         tensors = (("weight", dim), ("bias", 0)) if computes else (("weight", dim),)
-        role: Role = "producer" if computes else "consumer"
+        role = "producer" if computes else "consumer"
         return [_Axis(layer, role, kind, numbers, tensors, blocks, blocks > 1 and dim == 1, reader=reader)]
     if isinstance(module, nn.Embedding):
-        return [_Axis(layer, "through", "embedding", numbers, (("weight", 1),), reader=reader)] if dim else []
+        role = "through" if channels.is_consumed(numbers) else "producer"  # also the output's weight, or not
+        return [_Axis(layer, role, "embedding", numbers, (("weight", 1),), reader=reader)] if dim else []
     if isinstance(module, nn.PReLU):
         return [_Axis(layer, "through", "prelu", numbers, (("weight", 0),), reader=reader)]
     role = "through"
