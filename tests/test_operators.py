@@ -150,3 +150,22 @@ def test_an_embedding_computes_channels() -> None:
     small = shrink(net, [group], {"0": 3})
     assert small[0].embedding_dim == small[1].in_features == 3
     assert small(tokens).shape == (2, 3, 3)
+
+
+class Filled(nn.Module):
+    """An output that is made empty and filled image by image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, whole = self.b(self.a(x)), torch.zeros(len(x), 5, 6, 6)
+        for image, place in zip(y, whole, strict=True):
+            place[:, :4, :4].copy_(image)
+        return whole
+
+
+def test_what_is_written_into_a_part_is_in_the_whole() -> None:
+    groups = find_channel_groups(Filled(), torch.randn(2, 3, 4, 4))
+    assert [g.name for g in groups if g.frozen is None] == ["a"]

@@ -208,7 +208,10 @@ class Channels:
         return found
 
     def learn(self, tensor: Tensor, facts: Facts) -> None:
+        """Notes what is known of a tensor; what is written into a part of another one is in that one, too."""
         self._facts[tensor] = facts
+        if facts.from_input and tensor._base is not None:
+            self.facts(tensor._base).from_input = True
 
     def is_seen(self, tensor: Tensor) -> bool:
         """Whether an operator has used this parameter or buffer."""
