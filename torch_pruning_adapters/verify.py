@@ -94,7 +94,9 @@ class _Trial:
         """Cuts the groups to random channels; None, or what went wrong."""
         widths, order = {}, {}
         for g in groups:
-            widths[g.name] = g.step * int(self.rng.integers(1, g.size // g.step))
+            units = g.size // g.step
+            # not a single one: GroupNorm refuses to normalise one value, on the smallest maps of a small image
+            widths[g.name] = g.step * int(self.rng.integers(min(2, units - 1), units))
             order[g.name] = self._random_order(g)
         with _recorded(self.model, self.keeping) as heads:
             whole = self._without(groups, widths, order)

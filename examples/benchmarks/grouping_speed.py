@@ -1,8 +1,8 @@
 """What does it cost to find the channel groups, beside torch-pruning's own graph?
 
 `find_channel_groups` without and with its trial cuts (`verify`), and the construction of torch-pruning's
-pruner, which builds its dependency graph and walks its groups once. All run in turns on 224x224 images. Run from
-the root of the repository:
+pruner, which builds its dependency graph and walks its groups once. All run in turns on 224x224 images. Run
+from the root of the repository:
 
     python -m examples.benchmarks.grouping_speed --out examples/benchmarks/grouping_speed.json
 """
