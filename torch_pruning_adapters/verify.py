@@ -95,7 +95,7 @@ class _Trial:
         widths, order = {}, {}
         for g in groups:
             units = g.size // g.step
-            # not a single one: GroupNorm refuses to normalise one value, on the smallest maps of a small image
+            # not a single one: GroupNorm refuses to normalise one value, which the smallest maps would be
             widths[g.name] = g.step * int(self.rng.integers(min(2, units - 1), units))
             order[g.name] = self._random_order(g)
         with _recorded(self.model, self.keeping) as heads:
