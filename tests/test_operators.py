@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Net, conv, head
 from torch import Tensor, nn
 
 from nni_dbs.supernet import Supernet
-from torch_pruning_adapters import find_channel_groups, shrink
+from torch_pruning_adapters import find_channel_groups, operators, shrink
 
 
 def found(net: nn.Module, x: Tensor) -> dict[str, tuple[int, int]]:
@@ -169,3 +170,16 @@ class Filled(nn.Module):
 def test_what_is_written_into_a_part_is_in_the_whole() -> None:
     groups = find_channel_groups(Filled(), torch.randn(2, 3, 4, 4))
     assert [g.name for g in groups if g.frozen is None] == ["a"]
+
+
+def test_a_use_that_a_rule_does_not_know_freezes_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("new argument")
+
+    monkeypatch.setitem(operators.RULES, "aten.relu", broken)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.Conv2d(5, 2, 1))
+    groups = find_channel_groups(net, torch.zeros(1, 3, 4, 4))
+    assert [g.frozen for g in groups] == [
+        "is read by aten.relu, which is not followed here (KeyError: 'new argument')",
+        None,
+    ]

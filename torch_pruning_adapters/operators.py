@@ -74,11 +74,14 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
 
 def apply(channels: Channels, operation: Operation) -> None:
-    """Learns what an operator's result holds."""
+    """Learns what an operator's result holds; a rule that does not know this use of it freezes what it reads."""
     found = RULES.get(str(operation.op.overloadpacket))
     if found is None:
         found = _pointwise if torch.Tag.pointwise in operation.op.tags else _unknown
-    found(channels, operation)
+    try:
+        found(channels, operation)
+    except Exception as error:
+        _unknown(channels, operation, f" here ({type(error).__name__}: {error})")
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -97,10 +100,10 @@ def _from_input(channels: Channels, tensors: Sequence[Tensor]) -> bool:
     return any(channels.facts(t).from_input for t in tensors)
 
 
-def _unknown(channels: Channels, operation: Operation) -> None:
+def _unknown(channels: Channels, operation: Operation, why: str = "") -> None:
     """An operator without a rule: what it reads cannot be cut."""
     tensors = _inputs(operation)
-    channels.fix_all(tensors, f"is read by {operation.op.overloadpacket}, which is not followed")
+    channels.fix_all(tensors, f"is read by {operation.op.overloadpacket}, which is not followed{why}")
     for tensor in _tensors(operation.out):
         channels.learn(tensor, Facts([], _from_input(channels, tensors)))
 
