@@ -74,7 +74,7 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
 
 def apply(channels: Channels, operation: Operation) -> None:
-    """Learns what an operator's result holds; a rule that does not know this use of it freezes what it reads."""
+    """Learns what a result holds; a rule that does not know this use of its operator freezes the inputs."""
     found = RULES.get(str(operation.op.overloadpacket))
     if found is None:
         found = _pointwise if torch.Tag.pointwise in operation.op.tags else _unknown
