@@ -183,3 +183,26 @@ def test_a_use_that_a_rule_does_not_know_freezes_what_it_reads(monkeypatch: pyte
         "is read by aten.relu, which is not followed here (KeyError: 'new argument')",
         None,
     ]
+
+
+class WithLazyHooks(nn.Module):
+    """Registers a hook when it first runs, as Transformers' models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.hooked = conv(3, 8), conv(8, 5), False
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.a.register_forward_hook(lambda module, inputs, out: self.kept.append(out))
+            self.hooked = True
+        self.kept.clear()
+        y = self.b(self.a(x))
+        return y + self.kept[0].mean()
+
+
+def test_hooks_of_the_forward_pass_stay() -> None:
+    net, x = WithLazyHooks(), torch.randn(1, 3, 8, 8)
+    find_channel_groups(net, x, verify=False)
+    net(x)

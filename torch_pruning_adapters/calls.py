@@ -47,18 +47,17 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Gives every module its mode and hooks and every parameter its `requires_grad` back on exit."""
+    """Gives every module its mode and every parameter its `requires_grad` back on exit.
+
+    Hooks that the forward pass registers stay, as after any other: modules remember that they have them.
+    """
     modes = {m: m.training for m in model.modules()}
-    hooks = {m: set(m._forward_hooks) for m in model.modules()}
     grads = {p: p.requires_grad for p in model.parameters()}
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for module, known in hooks.items():
-            for hook in set(module._forward_hooks) - known:
-                del module._forward_hooks[hook]
         for parameter, requires_grad in grads.items():
             parameter.requires_grad_(requires_grad)
 
