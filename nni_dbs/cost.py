@@ -334,6 +334,8 @@ class FlopsCost(PolynomialCost):
         products = _products(model, "", counts)
         constant = products
         for layer, amount, factors in _product_factors(groups):
+            if not counts.get(layer):
+                continue  # fvcore does not count it: the recurrent layers'
             block = block_of(layer)
             terms.append(_Term(layer, amount, factors, block))
             constant -= _full(terms[-1], groups)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import Net, conv, head
 from torch import Tensor, nn
 
+from nni_dbs import FlopsCost
+from nni_dbs.cost import count_flops
 from nni_dbs.supernet import Supernet
 from torch_pruning_adapters import find_channel_groups, operators, shrink
 
@@ -206,3 +211,93 @@ def test_hooks_of_the_forward_pass_stay() -> None:
     net, x = WithLazyHooks(), torch.randn(1, 3, 8, 8)
     find_channel_groups(net, x, verify=False)
     net(x)
+
+
+class Mixer(nn.Module):
+    """A layer that runs along the tokens has one output for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.tokens, self.fc = nn.Conv2d(3, 12, 4, 4), nn.Linear(4, 4), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2)
+        return self.fc((x + self.tokens(x)).mean(2))
+
+
+def test_layers_along_tokens_run_for_each_channel() -> None:
+    groups = {g.name: g.frozen for g in find_channel_groups(Mixer(), torch.randn(1, 3, 8, 8))}
+    assert groups["stem"] is None
+
+
+class Parts(nn.Module):
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__()
+        self.dim, self.a, self.fc = dim, nn.Linear(4, 3 * dim), nn.Linear(dim, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.a(x).split(self.dim, dim=-1)
+        return self.fc(q * k) + self.fc(v)
+
+
+def test_parts_of_an_attributes_size_are_alike() -> None:
+    net, x = Parts(), torch.randn(2, 4)
+    assert found(net, x) == {"a": (6, 1)}
+
+
+class Unshared(Parts):
+    def __init__(self, dim: int = 6) -> None:
+        super().__init__(dim)
+        self.others = nn.ModuleList(nn.Linear(dim, 5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.a(x).split(self.dim, dim=-1)
+        return self.fc(q) + self.others[0](k) + self.others[1](v)
+
+
+def test_parts_of_an_attributes_size_are_cut_together() -> None:
+    assert found(Unshared(), torch.randn(2, 4)) == {"a": (6, 1)}
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.rnn, self.fc = nn.Linear(4, 6), nn.LSTM(6, 7, batch_first=True), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(self.a(x))[0])
+
+
+def test_products_that_are_not_counted_cost_nothing() -> None:
+    net, x = Recurrent().double(), torch.randn(2, 3, 4).double()
+    groups = find_channel_groups(net, x)
+    assert FlopsCost(net, x, groups)({"a": 2}) == count_flops(shrink(net, groups, {"a": 2}), x)
+
+
+class Experts(nn.Module):
+    """Experts run on the rows that are sent to them: on none, with this input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.fc = nn.Linear(4, 8), nn.Linear(8, 5)
+        self.experts = nn.ModuleList(nn.Linear(8, 5) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        out = self.fc(x)
+        for i, expert in enumerate(self.experts):
+            rows = (torch.zeros(len(x)) == i).nonzero()[:, 0]
+            out[rows] = out[rows] + expert(x[rows])
+        return out + self.experts[1](x[x.new_zeros(len(x)) > 1]).sum()
+
+
+def test_experts_without_rows_read_channels() -> None:
+    assert found(Experts(), torch.randn(2, 4)) == {"a": (8, 1)}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+def test_weights_that_hooks_compute_stay(norm: Callable[[nn.Module], nn.Module]) -> None:
+    net = nn.Sequential(nn.Linear(4, 8), norm(nn.Linear(8, 6)), nn.Linear(6, 6), nn.Linear(6, 5))
+    groups = {g.name: g.frozen for g in find_channel_groups(net, torch.randn(2, 4), verify=False)}
+    assert groups["0"] == "'1' is parametrized" and groups["1"] is not None and groups["2"] is None

@@ -12,6 +12,8 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from torch_pruning_adapters.calls import Inputs
 from torch_pruning_adapters.channels import OUTPUT, Channels, SizeAxis, TensorAxis
@@ -81,6 +83,9 @@ class _Axis:
     reader: str | None = None
 
 
+_REPARAMETRIZING = (WeightNorm, SpectralNorm)
+
+
 def _axes(channels: Channels, model: nn.Module) -> list[_Axis]:
     """All axes of a traced model: of layers, of bare parameters, and of integer attributes."""
     modules = dict(model.named_modules())
@@ -96,7 +101,7 @@ def _axes(channels: Channels, model: nn.Module) -> list[_Axis]:
         reader = None if readers <= owners else _common(readers | owners)
         for layer, tensor in axis.names if len(axis.numbers) else ():
             axes += _tensor_axes(channels, layer, modules[layer], tensor, axis, reader)
-            if isinstance(modules[layer], ParametrizationList):
+            if _is_parametrized(modules[layer]):
                 channels.fix(axis.numbers, f"{layer.split('.parametrizations')[0]!r} is parametrized")
     sizes: dict[tuple[str, str], list[SizeAxis]] = {}  # an attribute may be read often, and in several places
     for size in (*channels.sizes, *_attention_sizes(channels, modules)):
@@ -106,6 +111,12 @@ def _axes(channels: Channels, model: nn.Module) -> list[_Axis]:
         reader = None if readers == {layer} else _common(readers | {layer})
         axes.append(_Axis(layer, "through", "size", read[0].numbers, attribute=attribute, reader=reader))
     return axes
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Whether weights are computed from others: by a parametrization, or by hooks as before these."""
+    hooks = (type(hook) for hook in module._forward_pre_hooks.values())
+    return isinstance(module, ParametrizationList) or any(kind in _REPARAMETRIZING for kind in hooks)
 
 
 def _attention_sizes(channels: Channels, modules: Mapping[str, nn.Module]) -> Iterator[SizeAxis]:

@@ -212,7 +212,7 @@ def _moves(channels: Channels, operation: Operation) -> None:
     facts = channels.facts(tensor)
     outs = _tensors(operation.out)
     blocks: list[list[Block]] = [[] for _ in outs]
-    others = [map_tensors(a, Tensor.cpu) if _tensors(a) else a for a in operation.args[1:]]
+    others = [map_tensors(a, _indices) if _tensors(a) else a for a in operation.args[1:]]
     for block in facts.blocks:
         numbers = torch.from_numpy(block.spread(tensor.dim())).expand(tensor.shape)
         moved = _tensors(operation.op(numbers, *others, **operation.kwargs))
@@ -255,6 +255,14 @@ def _shifts(channels: Channels, operation: Operation) -> None:
         dims = args[:1] if op is aten.unfold else (*args[1:], *(0, 1)[len(args[1:]) :])
     _pin(channels, tensor, [d % tensor.dim() for d in dims], "is moved by a fixed distance")
     _moves(channels, operation)
+
+
+def _indices(index: Tensor) -> Tensor:
+    """Indices that pick something, as they would with other inputs: no rows would hold no channels."""
+    index = index.cpu()
+    if index.dtype in (torch.bool, torch.uint8):
+        return index if index.any() else torch.ones_like(index)
+    return index if index.numel() else index.new_zeros([max(n, 1) for n in index.shape])
 
 
 def _compressed(numbers: Tensor) -> list[Block]:
@@ -435,9 +443,10 @@ def _cut(
         return
     if into_parts or not lengths:
         channels.fix(block.numbers, "is cut at a fixed position")
+    equal = operation.op.overloadpacket is aten.split  # all parts have the size that was given
     for length in lengths:
         first = line[:, : int(length)]
-        if length.channels is not None and line.shape[1] % int(length) == 0:
+        if (equal or length.channels is not None) and line.shape[1] % int(length) == 0:
             for row in line:
                 channels.split_in_blocks(row, line.shape[1] // int(length))
         channels.follow(first, length)

@@ -107,10 +107,11 @@ class _Trial:
                 cut = tensors_in(call(small, self.example_inputs))
         except Exception as error:
             return f"the cut model fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        pairs = [(a, b) for name in self.keeping for a, b in zip(found[name], heads[name], strict=False)]
-        pairs += zip(cut, whole, strict=False)
-        if len(cut) != len(whole) or any(a.shape != b.shape for a, b in pairs):
+        if len(cut) != len(whole) or any(a.shape != b.shape for a, b in zip(cut, whole, strict=True)):
             return "cutting changes the shape of the network's output"
+        pairs = [(a, b) for name in self.keeping for a, b in zip(found[name], heads[name], strict=False)]
+        pairs = [(a, b) for a, b in pairs if a.shape == b.shape]  # others run for each channel
+        pairs += zip(cut, whole, strict=True)
         if not exact:
             finite = all(_finite(a) or not _finite(b) for a, b in pairs)
             return None if finite else "the cut model's output is not finite"
