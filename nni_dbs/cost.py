@@ -338,9 +338,13 @@ class FlopsCost(PolynomialCost):
                 continue  # fvcore does not count it: the recurrent layers'
             block = block_of(layer)
             terms.append(_Term(layer, amount, factors, block))
-            constant -= _full(terms[-1], groups)
+            full = _full(terms[-1], groups)
+            if _is_counted(model.get_submodule(layer)):  # a layer that runs for each channel
+                counts = {**counts, layer: counts[layer] - full}
+                continue
+            constant -= full
             if block is not None:
-                counts = {**counts, block: counts[block] - _full(terms[-1], groups)}
+                counts = {**counts, block: counts[block] - full}
         for name, module in model.named_modules():
             if name in blocks and (in_block := _products(module, name, counts)):
                 terms.append(_Term(name, in_block, (), name))
@@ -381,6 +385,8 @@ def _product_factors(groups: Sequence[ChannelGroup]) -> Iterator[tuple[str, int,
         layer, amount, factors = first.layer, first.amount, []
         for parts in dims.values():
             free = [(i, p) for i, p in parts if groups[i].frozen is None]
+            if not free:
+                continue
             size = parts[0][1].size
             slopes = tuple((i, p.entries * groups[i].step // groups[i].size) for i, p in free)
             factors.append(_Linear(size - sum(p.entries for _, p in free), slopes))

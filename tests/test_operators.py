@@ -301,3 +301,9 @@ def test_weights_that_hooks_compute_stay(norm: Callable[[nn.Module], nn.Module])
     net = nn.Sequential(nn.Linear(4, 8), norm(nn.Linear(8, 6)), nn.Linear(6, 6), nn.Linear(6, 5))
     groups = {g.name: g.frozen for g in find_channel_groups(net, torch.randn(2, 4), verify=False)}
     assert groups["0"] == "'1' is parametrized" and groups["1"] is not None and groups["2"] is None
+
+
+def test_layers_along_tokens_cost_by_channels() -> None:
+    net, x = Mixer(), torch.randn(1, 3, 8, 8)
+    groups = find_channel_groups(net, x)
+    assert FlopsCost(net, x, groups)({"stem": 7}) == count_flops(shrink(net, groups, {"stem": 7}), x)

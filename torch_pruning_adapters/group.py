@@ -88,7 +88,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product outside of layers (of attention, say), along one of whose dimensions a group lies.
+    """A matrix product along one of whose dimensions a group lies: outside of layers (of attention, say), or of
+    a layer that runs for each channel.
 
     Attributes:
         layer: Dotted name of the module whose forward pass computes it.

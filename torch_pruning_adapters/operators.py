@@ -886,7 +886,11 @@ def _product(channels: Channels, a: Tensor, b: Tensor) -> list[Block]:
     weights = [(t, d) for t, d in ((b, m), (a, k)) if not channels.facts(t).from_input]
     if weights:
         _weigh(channels, *weights[0])
-    _count(channels, a.numel() * b.shape[-1], left, right)
+    positions = [
+        block for block in left if any(d != k and not channels.is_rigid(block, d) for d in block.dims)
+    ]
+    if positions or not _in_layer(channels):  # a layer is counted by its weight, for each position
+        _count(channels, a.numel() * b.shape[-1], left, right)
     blocks: list[Block] = []
     for tensor, found in ((a, left), (b, right)):
         for block in found:
@@ -927,9 +931,7 @@ def _sum_over(
 
 
 def _count(channels: Channels, amount: int, *blocks: Sequence[Block]) -> None:
-    """Remembers a product outside of layers whose size depends on widths."""
-    if _in_layer(channels):
-        return
+    """Remembers a product whose size depends on widths."""
     dims: dict[int, np.ndarray] = {}
     for block in (b for found in blocks for b in found):
         for d in block.dims:
@@ -981,10 +983,11 @@ def _convolution(channels: Channels, operation: Operation) -> None:
         for found, mark in ((read, channels.consumed), (made, channels.produced)):
             if found is not None:
                 mark(found.numbers)
-    if not _in_layer(channels):
-        amount = (x if transposed else out).numel() * weight[0].numel()
-        _count(channels, amount, _sides(read, made, groups, depthwise))
     blocks = [b for b in facts.blocks if b.dims == (0,)]
+    if not _in_layer(channels) or any(not channels.is_rigid(b, 0) for b in blocks):
+        amount = (x if transposed else out).numel() * weight[0].numel()
+        samples = [Block((2,), b.numbers) for b in blocks]
+        _count(channels, amount, _sides(read, made, groups, depthwise), samples)
     if made is not None:
         blocks.append(Block((1,), made.numbers))
     channels.learn(out, Facts(blocks, _from_input(channels, (x, weight))))
