@@ -88,8 +88,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product along one of whose dimensions a group lies: outside of layers (of attention, say), or of
-    a layer that runs for each channel.
+    """A matrix product along one of whose dimensions a group lies.
+
+    It lies outside of layers (in attention, say), or is a layer's that runs for each channel.
 
     Attributes:
         layer: Dotted name of the module whose forward pass computes it.
