@@ -306,3 +306,27 @@ def test_layers_along_tokens_cost_by_channels() -> None:
     net, x = Mixer(), torch.randn(1, 3, 8, 8)
     groups = find_channel_groups(net, x)
     assert FlopsCost(net, x, groups)({"stem": 7}) == count_flops(shrink(net, groups, {"stem": 7}), x)
+
+
+class SharedKeys(nn.Module):
+    """Attention whose heads share keys and values by twos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(4, n) for n in (16, 8, 8, 5))
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for layer, heads in ((self.q, 4), (self.k, 2), (self.v, 2))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_heads_that_share_keys() -> None:
+    assert {name: size for name, (size, _) in found(SharedKeys(), torch.randn(2, 3, 4)).items()}.keys() == {
+        "q",
+        "v",
+    }

@@ -1030,7 +1030,13 @@ def _attention(channels: Channels, operation: Operation) -> None:
     """softmax(q k^T) v of q (..., L, E), k (..., S, E), v (..., S, F): (..., L, F)."""
     query, key, value = operation.args[:3]
     last, tokens = query.dim() - 1, query.dim() - 2
-    q, k, v = (channels.facts(t).blocks for t in (query, key, value))
+    q, k, v = (
+        [
+            _for_heads(b, query.dim() - 3, query.shape[-3] if query.dim() > 2 else 1)
+            for b in channels.facts(t).blocks
+        ]
+        for t in (query, key, value)
+    )
     for t in (query, key, value):
         _pin(channels, t, [tokens], "attention runs over its channels")
         for block in channels.facts(t).blocks:
@@ -1045,6 +1051,14 @@ def _attention(channels: Channels, operation: Operation) -> None:
     for part in _tensors(operation.out):
         channels.learn(part, Facts([], _from_input(channels, (query, key, value))))
     channels.learn(out, Facts(kept, _from_input(channels, (query, key, value))))
+
+
+def _for_heads(block: Block, dim: int, heads: int) -> Block:
+    """The block with a head of keys or values for each head of queries, which may share them."""
+    if dim not in block.dims:
+        return block
+    axis = block.dims.index(dim)
+    return Block(block.dims, block.numbers.repeat(heads // block.numbers.shape[axis], axis))
 
 
 @rule(aten.embedding)
