@@ -435,7 +435,13 @@ def count_by_module(model: nn.Module, example_inputs: Inputs) -> dict[str, int]:
             analysis.set_op_handle(op, _nothing)  # None would leave the default handle in force
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_flops)
         analysis.set_op_handle("aten::einsum", _einsum_flops)
-        by_module = analysis.by_module()
+        try:
+            by_module = analysis.by_module()
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UnsupportedModelError(
+                f"fvcore cannot count this model, which must be traceable by torch.jit: {reason}"
+            ) from error
     if not prefix:
         return {name: int(count) for name, count in by_module.items()}
     return {

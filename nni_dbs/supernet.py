@@ -45,6 +45,7 @@ from torch_pruning_adapters.surgery import (
     kept_entries,
     kept_sizes,
     layer_axes,
+    size_attributes,
 )
 
 Forward = Callable[..., Any]
@@ -407,7 +408,8 @@ class _Part:
                     indices[name] = _index(tensor, kept)
                     if name == "weight":
                         shape = [len(kept.get(d, range(n))) for d, n in enumerate(tensor.shape)]
-        self.sizes = {**(cut_sizes(module, shape, length) if entries else {}), **sizes}
+        self.sizes = cut_sizes(module, shape, length) if entries else {}
+        self.sizes.update(size_attributes(module, sizes))
         if cuts is not None:
             whole = {name: () for name, tensor in module._parameters.items() if tensor is not None}
             self.parameters = {**whole, **self.parameters}

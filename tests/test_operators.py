@@ -330,3 +330,42 @@ def test_heads_that_share_keys() -> None:
         "q",
         "v",
     }
+
+
+class OwnNorm(nn.Module):
+    """As in ConvNeXt's own code: a LayerNorm whose shape is a tuple, and a split by a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(4, 5)
+        self.normalized_shape, self.parts = (8,), [4, 2]
+        self.weight, self.bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(self.a(x), self.normalized_shape, self.weight, self.bias, 1e-6)
+        u, v = self.b(x).split(self.parts, -1)
+        return self.c(u) * v.mean()
+
+
+def test_integers_in_tuples_and_lists_follow() -> None:
+    net, x = OwnNorm(), torch.randn(2, 3)
+    groups = find_channel_groups(net, x)
+    assert {g.name: g.frozen for g in groups if g.consumers} == {"a": None, "b[0:4]": None}
+    widths = {"a": 3, "b[0:4]": 1}
+    small = shrink(net, groups, widths)
+    assert (small.normalized_shape, small.parts[0]) == ((3,), 1)
+    assert (net.normalized_shape, net.parts) == ((8,), [4, 2])
+    assert type(net.normalized_shape[0]) is int
+    with Supernet(net, groups).at(widths):
+        torch.testing.assert_close(net(x), small(x))
+
+
+def test_a_parametrized_grouped_convolution_stays() -> None:
+    grouped = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 3, padding=1, groups=2))
+    net = nn.Sequential(nn.Conv1d(3, 8, 1), grouped, nn.Conv1d(8, 5, 1), nn.Conv1d(5, 2, 1))
+    x = torch.randn(2, 3, 6)
+    groups = find_channel_groups(net, x)
+    assert {g.name: g.frozen is None for g in groups}["2"]
+    small = shrink(net, groups, {"2": 3})
+    with Supernet(net, groups).at({"2": 3}):
+        torch.testing.assert_close(net(x), small(x))

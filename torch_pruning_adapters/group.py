@@ -47,7 +47,7 @@ class Member:
         blocks: A grouped convolution's `groups` (or a GroupNorm's): every block of the axis must keep
             the same pattern of channels.
         per_block: The weight's dimension covers one block only (columns of a grouped convolution).
-        attribute: Integer attribute of the module that is the length of the axis.
+        attribute: Integer attribute of the module that is the length of the axis; `shape[0]`: a part of one.
         reader: Dotted name of the module whose forward pass uses the tensors; None: the layer's own.
     """
 
@@ -76,7 +76,7 @@ class Member:
 
     def blocks_of(self, tensor: str) -> int:
         """How many blocks of the axis share one entry of a tensor's dimension."""
-        return self.blocks if self.per_block and tensor == "weight" else 1
+        return self.blocks if self.per_block and tensor != "bias" else 1
 
     def apply(self, keep: np.ndarray, axis: np.ndarray) -> None:
         """Writes the group's mask `keep` (C,) into the mask of the layer's whole axis (size,)."""

@@ -822,6 +822,9 @@ def _layer_norm(channels: Channels, operation: Operation) -> None:
             "a LayerNorm runs over several dimensions",
         )
     _passed(channels, tensor, tensor.dim() - 1)
+    last, length = channels.facts(tensor).at(tensor.dim() - 1), operation.lengths(shape)[-1]
+    if last is not None and isinstance(length, Length):
+        channels.follow(last.along(tensor.dim() - 1), length)
     for block in blocks:
         if any(d >= tensor.dim() - len(shape) for d in block.dims):
             channels.statistics.append((channels.module, np.unique(block.numbers)))

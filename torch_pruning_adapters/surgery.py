@@ -73,7 +73,8 @@ def shrink(
         weight = getattr(module, "weight", None)
         vars(module).update(cut_sizes(module, None if weight is None else weight.shape, length))
     for layer, sizes in kept_sizes(axes, keep).items():
-        vars(memo[id(modules[layer])]).update(sizes)
+        module = cast(nn.Module, memo[id(modules[layer])])
+        vars(module).update(size_attributes(module, sizes))
     return small
 
 
@@ -212,6 +213,20 @@ def kept_sizes(axes: Iterable[LayerAxis], keep: np.ndarray) -> dict[str, dict[st
             length = int(keep[axis.channels].sum())
             layers.setdefault(axis.member.layer, {})[axis.member.attribute] = length
     return layers
+
+
+def size_attributes(module: nn.Module, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The attributes that hold these sizes: themselves, or tuples and lists (`shape[0]`) with these parts."""
+    attributes: dict[str, Any] = {}
+    for key, size in sizes.items():
+        name, _, place = key.partition("[")
+        if not place:
+            attributes[name] = size
+            continue
+        parts = list(attributes.get(name, vars(module)[name]))
+        parts[int(place.rstrip("]"))] = size
+        attributes[name] = type(vars(module)[name])(parts)
+    return attributes
 
 
 def check_model(modules: Mapping[str, nn.Module], groups: Iterable[ChannelGroup]) -> None:

@@ -237,6 +237,9 @@ def _sizes_followed(model: nn.Module, channels: Channels) -> Iterator[None]:
         for key, value in vars(module).items() if not own else ():
             if type(value) is int and value > 1:
                 vars(module)[key] = Length(value, attribute=(name, key), met=met)
+            elif _is_sizes(value):
+                parts = (Length(n, attribute=(name, f"{key}[{i}]"), met=met) for i, n in enumerate(value))
+                vars(module)[key] = type(value)(parts)
     try:
         yield
     finally:
@@ -244,6 +247,13 @@ def _sizes_followed(model: nn.Module, channels: Channels) -> Iterator[None]:
             for key, value in vars(module).items():
                 if type(value) is Length:
                     vars(module)[key] = int(value)
+                elif isinstance(value, (tuple, list)) and any(type(n) is Length for n in value):
+                    vars(module)[key] = type(value)(int(n) if type(n) is Length else n for n in value)
+
+
+def _is_sizes(value: Any) -> bool:
+    """Whether an attribute is a tuple or list of integers."""
+    return type(value) in (tuple, list) and bool(value) and all(type(n) is int for n in value)
 
 
 @contextmanager
