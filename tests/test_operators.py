@@ -369,3 +369,25 @@ def test_a_parametrized_grouped_convolution_stays() -> None:
     small = shrink(net, groups, {"2": 3})
     with Supernet(net, groups).at({"2": 3}):
         torch.testing.assert_close(net(x), small(x))
+
+
+class WithUnusedLayer(nn.Module):
+    """A layer that no pass runs lets the model be followed twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x + self.attention(x, x, x)[0])
+
+
+def test_products_count_once_in_a_model_that_is_followed_twice() -> None:
+    net, x = WithUnusedLayer(), torch.randn(1, 6, 5)
+    groups = find_channel_groups(net, x)
+    (name,) = (g.name for g in groups if g.frozen is None)
+    cost = FlopsCost(net, x, groups)
+    for width in (2, 4, 8):
+        assert cost({name: width}) == count_flops(shrink(net, groups, {name: width}), x)

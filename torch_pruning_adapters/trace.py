@@ -12,7 +12,6 @@ compare the groups with its own where it has them.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -90,11 +89,12 @@ def _run(model: nn.Module, example_inputs: Inputs, channels: Channels) -> None:
         return
     for module in model.modules():
         module.training = next(module.children(), None) is not None
-    state = copy.copy(channels.frozen)
+    frozen, counts = list(channels.frozen), list(channels.counts)
     try:
         _follow(model, example_inputs, channels)
     except UnsupportedModelError:  # a training branch that wants targets: the eval branch is what there is
-        channels.frozen = state
+        channels.frozen = frozen
+    channels.counts = counts  # what a network costs, it costs in eval mode
 
 
 def _follow(model: nn.Module, example_inputs: Inputs, channels: Channels) -> list[Tensor]:
