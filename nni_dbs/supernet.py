@@ -130,13 +130,11 @@ class Supernet:
         A LayerNorm or GroupNorm over a group's channels takes its statistics over the gated ones too, and so
         do means and norms outside of layers. `at` is exact everywhere.
         """
-        kinds = ("layernorm", "groupnorm", "statistics")
-        reasons = {}
-        for g in self.groups:
-            norm = next((m for m in g.members if m.kind in kinds), None)
-            if norm is not None:
-                reasons[g.name] = f"{norm.layer!r} takes its statistics over the channels of the group"
-        return reasons
+        return {
+            g.name: f"{g.statistics.layer!r} takes its statistics over the channels of the group"
+            for g in self.groups
+            if g.statistics is not None
+        }
 
     @contextmanager
     def at(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from torch_pruning_adapters.calls import Inputs, call, map_tensors, preserved
+from torch_pruning_adapters.calls import Inputs, call, hooked, map_tensors, preserved
 from torch_pruning_adapters.group import ChannelGroup, lies_in
 
 
@@ -96,11 +96,8 @@ def _inputs_of(
         )
         for name, module in candidates.items()
     ]
-    try:
+    with hooked(handles):
         call(model, map_tensors(example_inputs, noise))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: xs[0] for name, xs in entered.items() if len(xs) == 1 and xs[0] is not None}
 
 

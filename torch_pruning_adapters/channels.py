@@ -10,7 +10,7 @@ of a grouped convolution, one in each head). Operators (`operators.py`) and hand
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,7 +148,7 @@ class Channels:
         self.statistics: list[tuple[str, np.ndarray]] = []
         self.passed: dict[str, list[np.ndarray]] = {}
         self.stack: list[tuple[str, nn.Module]] = []
-        self._new(1)
+        self.new(1)
 
     # --- for handlers -------------------------------------------------------------------------------
 
@@ -163,13 +163,13 @@ class Channels:
         self.tie(source, weight)
         block = self._on(weight)
         if block is not None:
-            self._consumed[block.numbers] = True
+            self.consumed(block.numbers)
 
     def write(self, weight: Place, target: Place) -> None:
         """The weight's dimension computes the target's channels: a producer."""
         block = self._on(weight)
         if block is not None:
-            self._produced[block.numbers] = True
+            self.produced(block.numbers)
             self._put(target, block.numbers.reshape(-1))
 
     def tie(self, *places: Place) -> None:
@@ -226,9 +226,13 @@ class Channels:
         """Name of the innermost module that runs."""
         return self.stack[-1][0] if self.stack else ""
 
-    def new(self, count: int) -> np.ndarray:
-        """Numbers of `count` new channels."""
-        return self._new(count)
+    def new(self, count: int, axis: int = -1) -> np.ndarray:
+        """Numbers of `count` new channels, of this one of `axes`."""
+        self._same.grow(count)
+        self._produced = np.concatenate([self._produced, np.zeros(count, dtype=bool)])
+        self._consumed = np.concatenate([self._consumed, np.zeros(count, dtype=bool)])
+        self._axis_of = np.concatenate([self._axis_of, np.full(count, axis)])
+        return self._together.grow(count)
 
     def same(self, a: np.ndarray, b: np.ndarray, origin: str = FROM_CONSTANT) -> None:
         """Pairs of numbers, broadcast, are the same channel; a partner of `FIXED` cannot be cut."""
@@ -284,7 +288,7 @@ class Channels:
         axis = self._in_blocks.get(axis_number)
         if axis is None:
             original = self.axes[axis_number]
-            numbers = self._new(blocks * len(original.numbers))
+            numbers = self.new(blocks * len(original.numbers))
             axis = TensorAxis(original.names, original.dim, numbers, blocks)
             self._in_blocks[axis_number] = axis
             self.axes.append(axis)
@@ -340,20 +344,13 @@ class Channels:
         mine, its = (np.sort(self.unit(line)) for line in lines)
         return bool((mine == its).all())
 
-    def _new(self, count: int, axis: int = -1) -> np.ndarray:
-        self._same.grow(count)
-        self._produced = np.concatenate([self._produced, np.zeros(count, dtype=bool)])
-        self._consumed = np.concatenate([self._consumed, np.zeros(count, dtype=bool)])
-        self._axis_of = np.concatenate([self._axis_of, np.full(count, axis)])
-        return self._together.grow(count)
-
     def _number(self, tensor: Tensor) -> list[Block]:
         """New numbers for every dimension of a parameter or buffer."""
         names = tuple(self._names[id(tensor)])
         blocks = []
         for dim, length in enumerate(tensor.shape):
             if length > 1 or dim < 2:
-                numbers = self._new(length, len(self.axes))
+                numbers = self.new(length, len(self.axes))
                 self.axes.append(TensorAxis(names, dim, numbers))
                 blocks.append(Block((dim,), numbers))
         return blocks
@@ -385,7 +382,7 @@ class Channels:
             raise ValueError(f"{len(numbers)} channels do not fit a dimension of {tensor.shape[dim]} entries")
         self.facts(tensor).blocks.append(Block((dim % tensor.dim(),), numbers))
 
-    def _pair(self, places: Sequence[Place], join: object) -> None:
+    def _pair(self, places: Sequence[Place], join: Callable[[np.ndarray, np.ndarray], None]) -> None:
         lines = []
         for tensor, dim in places:
             block = self._on((tensor, dim))
@@ -398,4 +395,4 @@ class Channels:
                     f"channels are paired on dimensions of {lines[0].shape[1]} and {line.shape[1]} entries"
                 )
             for row in line:
-                join(lines[0], row)  # type: ignore[operator]
+                join(lines[0], row)

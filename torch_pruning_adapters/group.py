@@ -143,6 +143,12 @@ class ChannelGroup:
     def consumers(self) -> tuple[Member, ...]:
         return tuple(m for m in self.members if m.role == "consumer")
 
+    @property
+    def statistics(self) -> Member | None:
+        """A member that takes means, norms or scores over the group's channels, if there is one."""
+        kinds = ("layernorm", "groupnorm", "statistics")
+        return next((m for m in self.members if m.kind in kinds), None)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, lists, texts and numbers, for YAML or JSON; see `from_dict`."""
         data = asdict(self)

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from torch_pruning_adapters.calls import map_tensors
+from torch_pruning_adapters.calls import map_tensors, tensors_in
 from torch_pruning_adapters.channels import FIXED, FROM_CONSTANT, Block, Channels, Count, Facts
 from torch_pruning_adapters.lengths import Length
 
@@ -84,16 +84,8 @@ def apply(channels: Channels, operation: Operation) -> None:
         _unknown(channels, operation, f" here ({type(error).__name__}: {error})")
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    return []
-
-
 def _inputs(operation: Operation) -> list[Tensor]:
-    return _tensors([*operation.args, *operation.kwargs.values()])
+    return tensors_in([*operation.args, *operation.kwargs.values()])
 
 
 def _from_input(channels: Channels, tensors: Sequence[Tensor]) -> bool:
@@ -104,7 +96,7 @@ def _unknown(channels: Channels, operation: Operation, why: str = "") -> None:
     """An operator without a rule: what it reads cannot be cut."""
     tensors = _inputs(operation)
     channels.fix_all(tensors, f"is read by {operation.op.overloadpacket}, which is not followed{why}")
-    for tensor in _tensors(operation.out):
+    for tensor in tensors_in(operation.out):
         channels.learn(tensor, Facts([], _from_input(channels, tensors)))
 
 
@@ -145,7 +137,7 @@ def _unknown(channels: Channels, operation: Operation, why: str = "") -> None:
 )
 def _pointwise(channels: Channels, operation: Operation) -> None:
     tensors = _inputs(operation)
-    for out in _tensors(operation.out):
+    for out in tensors_in(operation.out):
         blocks = _merge(channels, tensors, out)
         channels.learn(out, Facts(blocks, _from_input(channels, tensors)))
 
@@ -210,12 +202,12 @@ def _joint(a: Block, b: Block, ndim: int) -> Block:
 def _moves(channels: Channels, operation: Operation) -> None:
     tensor = operation.args[0]
     facts = channels.facts(tensor)
-    outs = _tensors(operation.out)
+    outs = tensors_in(operation.out)
     blocks: list[list[Block]] = [[] for _ in outs]
-    others = [map_tensors(a, _indices) if _tensors(a) else a for a in operation.args[1:]]
+    others = [map_tensors(a, _indices) if tensors_in(a) else a for a in operation.args[1:]]
     for block in facts.blocks:
         numbers = torch.from_numpy(block.spread(tensor.dim())).expand(tensor.shape)
-        moved = _tensors(operation.op(numbers, *others, **operation.kwargs))
+        moved = tensors_in(operation.op(numbers, *others, **operation.kwargs))
         for found, part in zip(blocks, moved, strict=True):
             found += _compressed(part)
     from_input = _from_input(channels, _inputs(operation))  # indices may depend on it
@@ -610,7 +602,7 @@ def _dims(operation: Operation, position: int = 1) -> list[int]:
 def _reduced(channels: Channels, operation: Operation, dims: Sequence[int], statistics: bool) -> None:
     tensor = operation.args[0]
     facts = channels.facts(tensor)
-    outs = _tensors(operation.out)
+    outs = tensors_in(operation.out)
     kept_dims = outs[0].dim() == tensor.dim()
     blocks = []
     for block in facts.blocks:
@@ -688,7 +680,7 @@ def _along(channels: Channels, operation: Operation, statistics: bool) -> None:
             _mixed(channels, operation, block, statistics)
         if dim % tensor.dim() not in block.dims or statistics:
             kept.append(block)
-    for out in _tensors(operation.out):
+    for out in tensors_in(operation.out):
         channels.learn(out, Facts(list(kept), facts.from_input))
 
 
@@ -732,7 +724,7 @@ def _spatial(channels: Channels, operation: Operation) -> None:
     spatial = int(re.findall(r"([123])d", name.__name__)[0])
     _pin(channels, tensor, range(tensor.dim() - spatial, tensor.dim()), f"{name} runs over its channels")
     kept = [b for b in facts.blocks if max(b.dims) < tensor.dim() - spatial]
-    for part in _tensors(operation.out):
+    for part in tensors_in(operation.out):
         channels.learn(part, Facts(list(kept), facts.from_input))
 
 
@@ -741,7 +733,7 @@ def _regions(channels: Channels, operation: Operation) -> None:
     """Regions of feature maps (N, C, H, W) become a batch of their own (R, C, h, w)."""
     facts = channels.facts(operation.args[0])
     kept = [b for b in facts.blocks if b.dims == (1,)]
-    for part in _tensors(operation.out):
+    for part in tensors_in(operation.out):
         channels.learn(part, Facts(list(kept), facts.from_input))
 
 
@@ -764,7 +756,7 @@ def _puts(channels: Channels, operation: Operation) -> None:
             channels.fix(its.numbers, facts.origin)
         elif mine is not None and d <= values.dim() and values.shape[values.dim() - d] > 1:
             channels.fix(mine.numbers, given.origin)
-    for out in _tensors(operation.out):
+    for out in tensors_in(operation.out):
         channels.learn(out, Facts(list(facts.blocks), facts.from_input or given.from_input))
 
 
@@ -778,7 +770,7 @@ def _puts(channels: Channels, operation: Operation) -> None:
     aten.cudnn_batch_norm,
 )
 def _batch_norm(channels: Channels, operation: Operation) -> None:
-    tensor, out = operation.args[0], _tensors(operation.out)[0]
+    tensor, out = operation.args[0], tensors_in(operation.out)[0]
     lines = [t for t in operation.args[1:5] if isinstance(t, Tensor)]
     _scaled(channels, tensor, lines, 1, out)
     _passed(channels, tensor, 1)
@@ -811,7 +803,7 @@ def _scaled(channels: Channels, tensor: Tensor, lines: Sequence[Tensor], dim: in
 @rule(aten.native_layer_norm)
 def _layer_norm(channels: Channels, operation: Operation) -> None:
     tensor, shape, *lines = operation.args[:4]
-    out = _tensors(operation.out)[0]
+    out = tensors_in(operation.out)[0]
     tensors = [tensor, *(t for t in lines if isinstance(t, Tensor))]
     blocks = _merge(channels, tensors, out)
     if len(shape) > 1:
@@ -834,7 +826,7 @@ def _layer_norm(channels: Channels, operation: Operation) -> None:
 @rule(aten.native_group_norm)
 def _group_norm(channels: Channels, operation: Operation) -> None:
     tensor, weight, bias, _, _, _, groups = operation.args[:7]
-    out = _tensors(operation.out)[0]
+    out = tensors_in(operation.out)[0]
     _scaled(channels, tensor, [t for t in (weight, bias) if t is not None], 1, out)
     _passed(channels, tensor, 1)
     block = channels.facts(tensor).at(1)
@@ -973,8 +965,9 @@ def _convolution(channels: Channels, operation: Operation) -> None:
             _grouped(channels, block, groups, dim) for block, dim in ((read, inputs), (made, outputs))
         )
     block = facts.at(1)
-    _pin(channels, x, range(2, x.dim()), "a convolution runs over its channels") if block is None else None
-    if block is not None and any(d > 1 and not channels.is_rigid(block, d) for d in block.dims):
+    if block is None:
+        _pin(channels, x, range(2, x.dim()), "a convolution runs over its channels")
+    elif any(d > 1 and not channels.is_rigid(block, d) for d in block.dims):
         spread = block.spread(x.dim())
         channels.same(spread, spread[tuple(slice(None) if d < 2 else slice(1) for d in range(x.dim()))])
     columns = np.full(x.shape[1], FIXED) if read is None else read.numbers
@@ -1049,9 +1042,9 @@ def _attention(channels: Channels, operation: Operation) -> None:
     pairs = query[..., 0].numel() * key.shape[-2]
     _count(channels, pairs * query.shape[-1], [b for b in q if last in b.dims])
     _count(channels, pairs * value.shape[-1], [b for b in v if last in b.dims])
-    out = _tensors(operation.out)[0]
+    out = tensors_in(operation.out)[0]
     kept = [b for b in v if last in b.dims]
-    for part in _tensors(operation.out):
+    for part in tensors_in(operation.out):
         channels.learn(part, Facts([], _from_input(channels, (query, key, value))))
     channels.learn(out, Facts(kept, _from_input(channels, (query, key, value))))
 

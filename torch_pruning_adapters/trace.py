@@ -27,7 +27,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_pruning_adapters import operators
-from torch_pruning_adapters.calls import Inputs, call, map_tensors, preserved, tensors_in, unfused_attention
+from torch_pruning_adapters.calls import (
+    Inputs,
+    call,
+    hooked,
+    map_tensors,
+    preserved,
+    tensors_in,
+    unfused_attention,
+)
 from torch_pruning_adapters.channels import OUTPUT, Channels, Facts
 from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.lengths import Length
@@ -275,11 +283,8 @@ def _modules_followed(model: nn.Module, channels: Channels) -> Iterator[None]:
     for name, module in model.named_modules():
         if not isinstance(module, torch.jit.ScriptModule):
             follow(name, module)
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -302,11 +307,8 @@ def _scripts_frozen(model: nn.Module, channels: Channels, operations: _Operators
     handles = (
         [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)] if scripts else []
     )
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from torch_pruning_adapters.calls import Inputs, call, tensors_in
+from torch_pruning_adapters.calls import Inputs, call, hooked, tensors_in
 from torch_pruning_adapters.errors import UnsupportedModelError
 from torch_pruning_adapters.group import ChannelGroup
 from torch_pruning_adapters.importance import Order
@@ -55,13 +55,9 @@ def freeze_unsafe(
             reasons.update({g.name: f"{reason} (cut together with others)" for g in left})
 
     free = [g for g in groups if g.frozen is None]
-    search([g for g in free if not _mixes_channels(g)])
-    search([g for g in free if _mixes_channels(g)])
+    search([g for g in free if g.statistics is None])
+    search([g for g in free if g.statistics is not None])
     return tuple(dataclasses.replace(g, frozen=reasons[g.name]) if g.name in reasons else g for g in groups)
-
-
-def _mixes_channels(group: ChannelGroup) -> bool:
-    return any(m.kind in ("layernorm", "groupnorm", "statistics") for m in group.members)
 
 
 class _Trial:
@@ -100,7 +96,7 @@ class _Trial:
             order[g.name] = self._random_order(g)
         with _recorded(self.model, self.keeping) as heads:
             whole = self._without(groups, widths, order)
-        exact = not any(_mixes_channels(g) for g in groups)
+        exact = all(g.statistics is None for g in groups)
         try:
             small = shrink(self.model, groups, widths, order)
             with _replayed(small, self.keeping, heads) as found:
@@ -178,11 +174,8 @@ def _hooked(model: nn.Module, hooks: Mapping[str, Callable[[Tensor], Tensor | No
         return lambda _module, _inputs, out: fn(out)
 
     handles = [model.get_submodule(name).register_forward_hook(hook(fn)) for name, fn in hooks.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _finite(t: Tensor) -> bool:
